@@ -1,0 +1,131 @@
+"""Dispatch: from a selection to the matmuls that are issued, and to none that are not.
+
+Tokens are grouped by unit. Units that nobody selected appear in no matmul; neighbouring units that
+every token uses (all live units, for a single token) become one matmul over a slice of the weights,
+which are stored unit after unit for that reason. Python work is per live unit, never per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(slots=True)
+class Segment:
+    """Units ``start`` to ``start + size`` and the tokens that use them all.
+
+    Attributes:
+        count: how many tokens; 0 = dead.
+        rows: their indices, or None for all tokens in order.
+    """
+
+    start: int
+    size: int
+    count: int
+    rows: Tensor | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Plan:
+    """Segments that cover all units in order, for ``tokens`` tokens.
+
+    Attributes:
+        mask: (T, N) bool, the live token-unit pairs.
+        counts: tokens per unit.
+    """
+
+    tokens: int
+    units: int
+    segments: list[Segment]
+    mask: Tensor
+    counts: list[int]
+
+    @property
+    def live(self) -> int:
+        """Live token-unit pairs."""
+        return sum(self.counts)
+
+    @property
+    def all_live(self) -> bool:
+        return self.live == self.tokens * self.units
+
+    @property
+    def sizes(self) -> list[int]:
+        """Units per segment: what to ``split`` unit-major weights by.
+
+        One split instead of slices: its gradient is one concatenation, where every slice would
+        fill a zero tensor of the size of all units.
+        """
+        return [s.size for s in self.segments]
+
+    def pairs(self, select: Tensor) -> list[Tensor]:
+        """Weights of each segment's live pairs: (T, size) where it has all tokens, else (count, 1).
+        """
+        parts = list(select.split(self.sizes, dim=1))
+        if any(s.rows is not None for s in self.segments):
+            by_unit = select.t().masked_select(self.mask.t()).unsqueeze(1).split(self.counts)
+            for i, s in enumerate(self.segments):
+                if s.rows is not None:
+                    parts[i] = by_unit[s.start]
+        return parts
+
+
+def plan(select: Tensor, fuse: bool) -> Plan:
+    """Group the tokens of ``select`` (T, N) by unit.
+
+    Args:
+        fuse: merge neighbouring units that every token uses; False gathers rows unit by unit.
+    """
+    tokens, units = select.shape
+    mask = select != 0
+    counts = [int(c) for c in (mask[0] if tokens == 1 else mask.sum(0)).tolist()]
+    segments: list[Segment] = []
+    rows: Iterator[Tensor] = iter(())
+    if not fuse or any(c not in (0, tokens) for c in counts):
+        rows = iter(mask.t().nonzero()[:, 1].split(counts))
+    for unit, count in enumerate(counts):
+        whole = fuse and count == tokens
+        mine = next(rows, None)
+        last = segments[-1] if segments else None
+        if last and (whole or not count) and last.rows is None and last.count == count:
+            last.size += 1
+            continue
+        segments.append(Segment(unit, 1, count, None if whole or not count else mine))
+    return Plan(tokens, units, segments, mask, counts)
+
+
+class Sum:
+    """A sum of partial products (T, D), accumulated in ``dtype`` (float32 for half types).
+
+    Each unit contributes to the tokens that use it; rounding every contribution to a half type would
+    cost accuracy with the number of units, so the cast to the model's dtype comes once, at the end.
+    """
+
+    def __init__(self, tokens: int, bias: Tensor | None, width: int, like: Tensor) -> None:
+        self.dtype = torch.float32 if like.dtype in HALF else like.dtype
+        self.shape = (tokens, width)
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.total: Tensor | None = None
+        self.like = like
+
+    def add(self, rows: Tensor | None, left: Tensor, right: Tensor) -> None:
+        """Add ``left (n, k) @ right (k, D)`` to the tokens ``rows`` (None = all)."""
+        left, right = left.to(self.dtype), right.to(self.dtype)
+        if rows is None:
+            start = self.bias if self.total is None else self.total
+            self.total = left @ right if start is None else torch.addmm(start, left, right)
+            return
+        self.total = self.value().index_add_(0, rows, left @ right)
+
+    def value(self) -> Tensor:
+        """The sum so far."""
+        if self.total is None:
+            zero = self.like.new_zeros(self.shape, dtype=self.dtype)
+            self.total = zero if self.bias is None else zero + self.bias
+        return self.total

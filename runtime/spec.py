@@ -1,0 +1,148 @@
+"""Routed modules: what they share, and how they are rebuilt from JSON.
+
+A checkpoint holds, for every routed module, its ``spec()``: class name, sizes, options, programs.
+``from_spec`` finds the class by name among those registered with ``@routed`` and builds it with
+empty weights, which the checkpoint's tensors then fill. A third-party routed module derives from
+``RoutedModule``, writes ``options`` and ``from_options``, and is registered with ``@routed``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import BadCheckpoint, PassClash, did_you_mean
+from sparsify.runtime.cost import Cost
+from sparsify.runtime.counters import Counter
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Spec = dict[str, Any]
+Dispatch = Literal["auto", "grouped"]
+
+
+class RoutedModule(nn.Module):
+    """Base of every routed module.
+
+    Attributes:
+        dispatch: ``auto`` merges neighbouring units that are live for every token into one matmul
+            (all live = the dense computation); ``grouped`` multiplies unit by unit. Verification
+            forces ``grouped``.
+        pass_name: the pass that made the module; the dial can be turned per pass.
+        counter: work done since the last reset; not part of the state dict.
+    """
+
+    dispatch: Dispatch = "auto"
+    pass_name: str = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = Counter()
+
+    def options(self) -> Spec:
+        """JSON from which :meth:`from_options` builds this module with empty weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """A module of this shape, weights uninitialised."""
+        raise NotImplementedError
+
+    def spec(self) -> Spec:
+        """``options()`` with what every routed module has: class, pass, dispatch."""
+        common = {"pass": self.pass_name, "dispatch": self.dispatch}
+        return {"class": type(self).__name__, **common, **self.options()}
+
+    def cost(self, active: float | None = None, context: int = 0) -> Cost:
+        """Cost of one token.
+
+        Args:
+            active: fraction of units live; None = what the module's own router is set to, or 1
+                where the selection comes from outside.
+            context: keys that the token attends to (attention only).
+        """
+        raise NotImplementedError
+
+    def dense_weights(self) -> dict[str, Tensor]:
+        """role -> tensor in the dense model's layout: the executable inverse of the weight map."""
+        return {}
+
+    def params(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+
+M = TypeVar("M", bound=type[RoutedModule])
+
+_CLASSES: dict[str, type[RoutedModule]] = {}
+# Ours are imported when a spec names them, so that loading needs no imports by the caller.
+_OURS: dict[str, str] = {
+    "Router": "sparsify.runtime.router",
+    "RoutedFFN": "sparsify.runtime.ffn",
+    "RoutedRows": "sparsify.runtime.heads",
+    "RoutedColumns": "sparsify.runtime.heads",
+    "RoutedAttend": "sparsify.runtime.attend",
+}
+
+
+def routed(cls: M) -> M:
+    """Class decorator: make ``cls`` loadable from a checkpoint under its class name."""
+    name = cls.__name__
+    known = _CLASSES.get(name)
+    ours = _OURS.get(name, cls.__module__)
+    if ours != cls.__module__ or (known is not None and known.__module__ != cls.__module__):
+        other = known.__module__ if known is not None else ours
+        raise PassClash(
+            f"two routed modules are called '{name}'",
+            why=f"one in {other}, one in {cls.__module__}",
+            help="rename one of the classes",
+        )
+    _CLASSES[name] = cls
+    return cls
+
+
+def from_spec(spec: Mapping[str, Any]) -> RoutedModule:
+    """The module that ``spec()`` described, weights uninitialised; BadCheckpoint if unknown."""
+    name = spec.get("class")
+    if isinstance(name, str) and name in _OURS and name not in _CLASSES:
+        importlib.import_module(_OURS[name])
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise BadCheckpoint(
+            f"the model uses a routed module '{name}' that is not known here",
+            help=did_you_mean(str(name), _OURS | _CLASSES)
+            or "import the package that defines it before loading",
+        )
+    try:
+        module = _CLASSES[name].from_options(spec)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadCheckpoint(
+            f"the description of a {name} cannot be read",
+            why=f"{type(error).__name__}: {error}",
+            help="the file is damaged or comes from a newer sparsify",
+        ) from error
+    module.pass_name = str(spec.get("pass", ""))
+    module.dispatch = "grouped" if spec.get("dispatch") == "grouped" else "auto"
+    return module
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Whether ``module`` can be stored by its spec."""
+    return _CLASSES.get(type(module).__name__) is type(module)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The inverse of :func:`dtype_name`; ValueError where it names no dtype."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"no dtype {name!r}")
+    return found

@@ -1,0 +1,91 @@
+"""sparsify: a compiler from pretrained dense models to routed sparse ones that skip the work.
+
+Names load on first use, so ``import sparsify`` costs milliseconds and no torch. The distribution is
+called ``sparsify-fx``; :class:`ForeignPackage` is raised where another one owns this import name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sparsify.owner import check_owner
+
+check_owner()
+
+if TYPE_CHECKING:
+    from sparsify.api import bisect, compile, diff, inspect, load, reproduce  # noqa: A004
+    from sparsify.core import (
+        APPROXIMATE,
+        BOUNDED,
+        EXACT,
+        REORDERED,
+        Claim,
+        Moved,
+        Pass,
+        Refused,
+        Remark,
+        Rewrite,
+        Splice,
+        option,
+    )
+    from sparsify.errors import SparsifyError
+    from sparsify.regions import Attention, FeedForward, Region
+    from sparsify.report import Report
+    from sparsify.runtime.model import SparseModel
+
+__version__ = "0.1.0"
+
+# `verify` and `evaluate` are also modules in here, which would take the functions' place once they are
+# imported; those two stay in sparsify.api.
+_HOME = {
+    "sparsify.api": ("bisect", "compile", "diff", "inspect", "load", "reproduce"),
+    "sparsify.core": (
+        "APPROXIMATE", "BOUNDED", "EXACT", "REORDERED", "Claim", "Moved", "Pass", "Refused",
+        "Remark", "Rewrite", "Splice", "option",
+    ),
+    "sparsify.errors": ("SparsifyError",),
+    "sparsify.regions": ("Attention", "FeedForward", "Region"),
+    "sparsify.report": ("Report",),
+    "sparsify.runtime.model": ("SparseModel",),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "APPROXIMATE",
+    "BOUNDED",
+    "EXACT",
+    "REORDERED",
+    "Attention",
+    "Claim",
+    "FeedForward",
+    "Moved",
+    "Pass",
+    "Refused",
+    "Region",
+    "Remark",
+    "Report",
+    "Rewrite",
+    "SparseModel",
+    "SparsifyError",
+    "Splice",
+    "bisect",
+    "compile",
+    "diff",
+    "inspect",
+    "load",
+    "option",
+    "reproduce",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'sparsify' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""The command line: ``sparsify VERB``; see ``sparsify --help``. Torch loads only where a verb needs it."""
+
+from sparsify.cli.entry import main
+
+__all__ = ["main"]

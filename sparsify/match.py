@@ -1,0 +1,56 @@
+"""Find regions by their roles in the graph, with the reason for every near miss.
+
+No architecture and no parameter name is known here. ``find`` returns the feed-forward and attention
+regions in execution order, near misses with the role that failed, and the runs of repeated blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from sparsify.blocks import find_blocks
+from sparsify.linears import find_linears
+from sparsify.match_attention import match_attention
+from sparsify.match_ffn import match_feed_forward
+from sparsify.probe import annotate
+from sparsify.regions import Matches, NearMiss, Region
+
+
+def find(gm: fx.GraphModule, example: tuple[Any, ...]) -> Matches:
+    """All regions of a captured graph.
+
+    Args:
+        gm: a captured graph (flat inputs).
+        example: its example inputs; run once to learn concrete shapes.
+    """
+    annotate(gm, example)
+    linears = find_linears(gm)
+    regions: list[Region] = []
+    misses: list[NearMiss] = []
+    for node in gm.graph.nodes:
+        found = match_attention(gm, node, linears) if node.op == "call_function" else None
+        if found is None and node in linears:
+            found = match_feed_forward(gm, linears[node], linears)
+        if isinstance(found, NearMiss):
+            misses.append(found)
+        elif found is not None:
+            regions.append(found)
+    regions.sort(key=lambda region: int(region.ports["y"].meta["order"]))
+    _number(regions)
+    return Matches(regions, misses, find_blocks(regions))
+
+
+def _number(regions: list[Region]) -> None:
+    """Unique paths per kind, and positions."""
+    by_kind: dict[str, list[Region]] = {}
+    for region in regions:
+        by_kind.setdefault(region.kind, []).append(region)
+    for same in by_kind.values():
+        seen: dict[str, int] = {}
+        for index, region in enumerate(same):
+            region.index, region.count = index, len(same)
+            times = seen[region.path] = seen.get(region.path, 0) + 1
+            if times > 1:  # one module called several times (ALBERT), or two layers inline
+                region.path = f"{region.path}#{times}"

@@ -1,0 +1,204 @@
+"""Run passes over a captured graph: find, refuse or rewrite, splice, check the claim, write the step.
+
+Every region of a pass's type gets exactly one remark from every stage. A failed claim stops the run
+with a reproducer folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, fx
+
+from sparsify.core import Claim, Moved, Pass, Refused, Remark, Rewrite
+from sparsify.costs import facts
+from sparsify.errors import ClaimFailed
+from sparsify.probe import annotate
+from sparsify.regions import Matches, NearMiss, Region
+from sparsify.report import Evidence, Step
+from sparsify.reproduce import write_reproducer
+from sparsify.rewrite import node_count, splice
+from sparsify.runtime.dial import set_active
+from sparsify.text import StageText
+from sparsify.verify import check_end_to_end, check_regions, key
+
+Verify = Literal["each", "end", "off"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A pass with the part of the pipeline text that asked for it."""
+
+    work: Pass[Any]
+    text: StageText
+
+    def selects(self, region: Region) -> bool:
+        """Whether ``at=`` and ``skip=`` let this stage work on the region."""
+        return self.text.selects(region.path)
+
+
+@dataclasses.dataclass
+class State:
+    """What a run of passes changes: the graph, its regions, the claims made so far.
+
+    ``dense`` holds every region's result on the example before any rewrite (float, small).
+    """
+
+    gm: fx.GraphModule
+    example: tuple[Tensor, ...]
+    golden: tuple[Tensor, ...]
+    matches: Matches
+    dense: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    claims: list[tuple[Claim, int]] = dataclasses.field(default_factory=list)
+    only: Callable[[Region], bool] | None = None  # bisect narrows the regions with this
+
+
+def prepare(gm: fx.GraphModule, example: tuple[Tensor, ...], golden: tuple[Tensor, ...],
+            matches: Matches) -> State:
+    """The state before the first pass; records every region's dense result."""
+    for region in matches.regions:
+        region.ports["y"].meta["keep"] = True
+    kept = annotate(gm, example)
+    dense = {key(r): kept[r.ports["y"]].detach().clone() for r in matches.regions}
+    for region in matches.regions:
+        region.ports["y"].meta.pop("keep")
+    return State(gm, example, golden, matches, dense)
+
+
+def run_stage(
+    state: State,
+    stage: Stage,
+    *,
+    verify: Verify = "each",
+    context: int = 512,
+    progress: Progress | None = None,
+    reproducer: str | None = ".",
+) -> Step:
+    """One pass over all its regions.
+
+    Args:
+        state: changed in place.
+        stage: the pass and its selectors.
+        verify: ``each`` checks regions and end to end now, ``end`` leaves it to the caller, ``off``.
+        context: keys per token that the attention cost counts.
+        progress: called with (pass name, regions done, regions).
+        reproducer: folder under which a failed claim writes its reproducer, None = nowhere.
+
+    Raises:
+        ClaimFailed: naming the pass and the worst region.
+    """
+    start = time.perf_counter()
+    work = stage.work
+    before = facts(state.gm, context=context)
+    nodes_before = node_count(state.gm)
+    remarks: list[Remark] = []
+    moved: list[Moved] = []
+    done: list[tuple[Region, Claim, int]] = []
+    mine = [r for r in state.matches.regions if isinstance(r, work.region_type)]
+    for number, region in enumerate(mine):
+        outcome = _one(state, stage, region)
+        if isinstance(outcome, Remark):
+            remarks.append(outcome)
+        else:
+            splice(state.gm, region, outcome, work.name, state.matches.regions)
+            done.append((region, work.claim, outcome.length or region.length))
+            moved.extend(outcome.weights)
+            remarks.append(
+                Remark("applied", work.name, region.path, region.kind, outcome.note, None,
+                       region.where)
+            )
+        region.samples = {}  # samples are large: a region's are gone once its pass has run
+        if progress is not None:
+            progress(work.name, number + 1, len(mine))
+    remarks += [near_miss_remark(m, work.name) for m in state.matches.near_misses
+                if m.kind == work.region_type.kind]
+    state.claims += [(claim, length) for _, claim, length in done]
+    evidence: list[Evidence] = []
+    if done and verify == "each":
+        others = [r for r in state.matches.regions if r.rewritten_by is not None]
+        evidence = check_regions(state.gm, state.example, done, state.dense, others)
+        evidence.append(check_end_to_end(state.gm, state.example, state.golden, state.claims))
+        stop_on_failure(state, stage, evidence, reproducer)
+    active = getattr(work, "active", None)
+    if done and isinstance(active, float):
+        set_active(state.gm, active, pass_name=work.name)
+    after = facts(state.gm, context=context)
+    return Step(
+        pass_name=work.name,
+        options=str(stage.text),
+        claim=str(work.claim),
+        remarks=tuple(remarks),
+        nodes_before=nodes_before,
+        nodes_after=node_count(state.gm),
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        before=before,
+        after=after,
+        weights=tuple(moved),
+        evidence=tuple(evidence),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
+    """The rewrite of one region, or why it stays as it is."""
+    work = stage.work
+
+    def left(reason: str, suggestion: str | None = None) -> Remark:
+        return Remark("left", work.name, region.path, region.kind, reason, suggestion, region.where)
+
+    if not stage.selects(region) or (state.only is not None and not state.only(region)):
+        return left("not selected by at= / skip=")
+    if region.rewritten_by is not None:
+        return left(f"already rewritten by {region.rewritten_by}")
+    try:
+        work.check(region)
+        rewrite = work.rewrite(region)
+    except Refused as refused:
+        return left(refused.reason, refused.suggestion)
+    for part in rewrite.splices:
+        part.module.pass_name = work.name  # type: ignore[assignment]
+    return rewrite
+
+
+def near_miss_remark(miss: NearMiss, pass_name: str) -> Remark:
+    """A near miss as a remark."""
+    return Remark("near-miss", pass_name, miss.path, miss.kind, f"{miss.role}: {miss.reason}",
+                  None, miss.where)
+
+
+def stop_on_failure(
+    state: State, stage: Stage, evidence: Sequence[Evidence], reproducer: str | None
+) -> None:
+    """Raise ClaimFailed for the worst failed evidence, after writing its reproducer."""
+    failed = [e for e in evidence if not e.ok]
+    if not failed:
+        return
+    worst = max(failed, key=lambda e: (e.scope == "region", e.error / max(e.tolerance, 1e-300)))
+    by_path = {r.path: r for r in state.matches.regions if isinstance(r, stage.work.region_type)}
+    region = by_path.get(worst.region)
+    folder = None
+    if reproducer is not None and region is not None:
+        folder = write_reproducer(reproducer, state.gm, state.example, region,
+                                  state.dense[key(region)], str(stage.text), worst)
+    place = worst.region or "the model's outputs"
+    error = ClaimFailed(
+        f"{stage.work.name} does not keep its claim at {place}",
+        why=f"claim {worst.claim} at the dense limit: error {worst.error:.3g} > tolerance "
+        f"{worst.tolerance:.3g} (output scale {worst.scale:.3g}, {worst.dtype}); "
+        f"{len(failed)} of {len(evidence)} checks failed",
+        where=f"--> {region.where}" if region is not None else None,
+        help=(f"sparsify reproduce {folder}" if folder else
+              f"sparsify bisect MODEL -p '{stage.text}' names the region"),
+    )
+    error.reproducer = folder
+    raise error
+
+
+def summary(steps: Sequence[Step]) -> Mapping[str, int]:
+    """How many regions each pass changed."""
+    return {s.pass_name: sum(r.kind == "applied" for r in s.remarks) for s in steps}

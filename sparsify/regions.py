@@ -1,0 +1,212 @@
+"""Typed regions: what the matcher finds and what passes rewrite.
+
+A region names its weights and facts; a pass never sees an ATen node. Ports are values that exist in
+the graph ("x", "hidden", ...); sites are computations that a pass may replace ("ffn", "query",
+"attend", "output"). The matcher keeps the nodes behind both; ``sparsify.rewrite`` uses them.
+Shapes: D = model width, F = FFN width, H = query heads, G = key/value heads, d = head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, fx
+
+    from sparsify.runtime.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearWeight:
+    """One dense projection ``y = x @ weight.T + bias``, whatever its spelling in the model.
+
+    Attributes:
+        weight: (out, in) view of the parameter (transposed here where the model stores (in, out)).
+        bias: (out,) or None.
+        weight_name, bias_name: state-dict names.
+        transposed: True where the model stores the weight as (in, out), as GPT-2's Conv1D does.
+        rows: the rows of the stored projection that play this role (int64, (out,)), where several
+            roles share one fused projection; None where the projection is this role alone.
+            ``weight`` and ``bias`` are already restricted to them.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_name: str
+    bias_name: str | None = None
+    transposed: bool = False
+    rows: Tensor | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """State-dict names this role reads."""
+        return (self.weight_name,) + ((self.bias_name,) if self.bias_name else ())
+
+
+@dataclasses.dataclass
+class Region:
+    """A part of the model with a role.
+
+    Attributes:
+        path: where it lives, e.g. ``model.layers.0.mlp`` (unique among regions of one kind).
+        where: ``file.py:line   source text`` of the user's code.
+        index: position among regions of its kind, in execution order; count: how many there are.
+        sites: site name -> (its nodes' inputs, its result) as graph nodes; for ``rewrite`` only.
+        ports: port name -> node.
+        samples: port name -> (tokens, width) calibration rows, filled when the pass asked and
+            calibration data were given. Rows of all ports of a region belong to the same tokens.
+        rewritten_by: the pass that already rewrote it, if any.
+        block: index of the repeated block it lies in, or None.
+    """
+
+    kind: ClassVar[str] = "Region"
+    path: str
+    where: str
+    index: int = 0
+    count: int = 1
+    ports: dict[str, fx.Node] = dataclasses.field(default_factory=dict, repr=False)
+    sites: dict[str, Site] = dataclasses.field(default_factory=dict, repr=False)
+    samples: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    rewritten_by: str | None = None
+    block: int | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader wants to know, as plain values."""
+        return {}
+
+    @property
+    def length(self) -> int:
+        """Roundings on the longest path through the region (for tolerances)."""
+        return 1
+
+
+@dataclasses.dataclass
+class Site:
+    """A replaceable computation: ``nodes`` compute ``result``; all but the result are private."""
+
+    result: fx.Node
+    nodes: tuple[fx.Node, ...] = ()
+
+
+@dataclasses.dataclass
+class FeedForward(Region):
+    """``y = down(act(gate(x), up(x)))`` or ``y = down(act(up(x)))``, added to a residual stream.
+
+    Ports: ``x`` (..., D) input, ``hidden`` (..., F) input of the down projection, ``y`` (..., D).
+    Sites: ``ffn`` (the whole region). ``activation`` maps (up,) or (up, gate) to hidden; it is
+    elementwise, so neuron i of hidden depends on row i of up and gate only.
+    """
+
+    kind: ClassVar[str] = "FeedForward"
+    up: LinearWeight = dataclasses.field(kw_only=True)
+    gate: LinearWeight | None = dataclasses.field(kw_only=True, default=None)
+    down: LinearWeight = dataclasses.field(kw_only=True)
+    activation: Program = dataclasses.field(kw_only=True)
+    activation_name: str = dataclasses.field(kw_only=True, default="?")
+
+    @property
+    def width(self) -> int:
+        """D: features of x and y."""
+        return int(self.up.weight.shape[1])
+
+    @property
+    def hidden(self) -> int:
+        """F: neurons."""
+        return int(self.up.weight.shape[0])
+
+    @property
+    def length(self) -> int:
+        return self.width + self.hidden
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "width": self.width,
+            "hidden": self.hidden,
+            "gated": self.gate is not None,
+            "activation": self.activation_name,
+            "bias": self.up.bias is not None or self.down.bias is not None,
+            "fused": self.up.rows is not None,
+        }
+
+
+@dataclasses.dataclass
+class Attention(Region):
+    """``y = out(concat_h softmax(score(q_h, k_g(h))) v_g(h))``.
+
+    Ports: ``x`` (..., D) input of the query projection, ``context`` (..., H*dv) input of the output
+    projection, ``y`` result, and ``q`` (B, H, T, d), ``k`` (B, G, S, d), ``v`` (B, G, S, dv) as they
+    enter the scores, plus ``score.0`` ... the tensors that ``score`` reads (masks, biases).
+    Sites: ``query`` (the projection that yields q rows; absent where rows cannot be told per head),
+    ``attend`` (scores, softmax, weighted sum -> (B, H, T, dv)), ``output`` (the projection).
+    ``score`` maps raw ``q k^T`` (..., T, S) and the score operands to probabilities, row by row.
+    """
+
+    kind: ClassVar[str] = "Attention"
+    heads: int = dataclasses.field(kw_only=True)
+    kv_heads: int = dataclasses.field(kw_only=True)
+    head_dim: int = dataclasses.field(kw_only=True)
+    value_dim: int = dataclasses.field(kw_only=True)
+    query: LinearWeight = dataclasses.field(kw_only=True)
+    query_rows: Tensor | None = dataclasses.field(kw_only=True, default=None)
+    key: LinearWeight | None = dataclasses.field(kw_only=True, default=None)
+    value: LinearWeight | None = dataclasses.field(kw_only=True, default=None)
+    output: LinearWeight = dataclasses.field(kw_only=True)
+    output_columns: Tensor = dataclasses.field(kw_only=True)
+    score: Program = dataclasses.field(kw_only=True)
+    score_operands: tuple[str, ...] = dataclasses.field(kw_only=True, default=())
+    causal: bool = dataclasses.field(kw_only=True, default=False)
+    cross: bool = dataclasses.field(kw_only=True, default=False)
+    spelled: str = dataclasses.field(kw_only=True, default="sdpa")
+
+    @property
+    def width(self) -> int:
+        """D: features of x."""
+        return int(self.query.weight.shape[1])
+
+    @property
+    def length(self) -> int:
+        return self.width + self.head_dim + int(self.output.weight.shape[1]) + 64
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "width": self.width,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "spelled": self.spelled,
+            "cross": self.cross,
+            "fused": self.query.rows is not None,
+            "bias": self.query.bias is not None or self.output.bias is not None,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One of a run of isomorphic blocks: the regions it holds, and its place in the run."""
+
+    path: str
+    index: int
+    count: int
+    regions: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class NearMiss:
+    """A candidate the matcher did not take: ``role`` failed for ``reason``."""
+
+    kind: str
+    path: str
+    role: str
+    reason: str
+    where: str
+
+
+@dataclasses.dataclass
+class Matches:
+    """All that the matcher found in one graph, in execution order."""
+
+    regions: list[Region]
+    near_misses: list[NearMiss]
+    blocks: list[Block]

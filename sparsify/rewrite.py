@@ -1,0 +1,121 @@
+"""Splice routed modules over a region's sites, keep provenance, drop what nothing reads any more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from sparsify.core import Rewrite
+from sparsify.errors import SparsifyBug
+from sparsify.probe import op_base
+from sparsify.regions import Region
+
+
+def splice(
+    gm: fx.GraphModule, region: Region, rewrite: Rewrite, pass_name: str, regions: list[Region]
+) -> None:
+    """Put a rewrite's modules into the graph and update every region's nodes.
+
+    Args:
+        gm: the graph; changed in place.
+        region: the region rewritten; its ports and sites afterwards name the new nodes.
+        rewrite: what the pass returned.
+        pass_name: stamped on the new nodes.
+        regions: all regions of the graph (their ports may name replaced nodes).
+    """
+    handles: dict[str, fx.Node] = dict(region.ports)
+    replaced: dict[fx.Node, fx.Node] = {}
+    for part in rewrite.splices:
+        missing = [name for name in part.inputs if name not in handles]
+        if missing or (part.site is not None and part.site not in region.sites):
+            raise SparsifyBug(
+                f"{pass_name} names {missing or part.site!r}, which {region.kind} does not have",
+                where=f"{region.path}: ports {sorted(region.ports)}, sites {sorted(region.sites)}",
+                help="see sparsify/regions.py for the ports and sites of each region",
+            )
+        target = _free_name(gm, region.path.split("#")[0], part.name)
+        gm.add_submodule(target, part.module)
+        inputs = [replaced.get(handles[name], handles[name]) for name in part.inputs]
+        old = region.sites[part.site].result if part.site is not None else None
+        at = old if old is not None else max(inputs, key=_order)
+        place = gm.graph.inserting_before(at) if old is not None else gm.graph.inserting_after(at)
+        with place:
+            node = gm.graph.call_module(target, tuple(inputs))
+        model = old if old is not None else region.ports["x"]
+        node.meta.update({k: v for k, v in model.meta.items() if k not in ("keep", "from_node")})
+        node.meta["sparsify"] = {"pass": pass_name, "region": region.path}
+        if old is not None:
+            old.replace_all_uses_with(node, delete_user_cb=lambda user, new=node: user is not new)
+            replaced[old] = node
+        else:
+            node.meta.pop("shape", None)
+        handles[part.name] = node
+    private = {n for s in region.sites.values() for n in s.nodes}
+    for other in regions:
+        other.ports = {name: replaced.get(n, n) for name, n in other.ports.items()}
+        for site in other.sites.values():
+            site.result = replaced.get(site.result, site.result)
+    erase_dead(gm, private)
+    region.rewritten_by = pass_name
+    for order, node in enumerate(gm.graph.nodes):
+        node.meta["order"] = order
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _order(node: fx.Node) -> int:
+    return int(node.meta.get("order", 0))
+
+
+def _free_name(gm: fx.GraphModule, path: str, name: str) -> str:
+    """``path.name``, numbered where the model has such an attribute already."""
+    parent: Any = gm
+    for part in filter(None, path.split(".")):
+        parent = getattr(parent, part, None)
+    base = f"{path}.{name}" if path else name
+    if parent is None or not hasattr(parent, name):
+        return base
+    number = 2
+    while hasattr(parent, f"{name}_{number}"):
+        number += 1
+    return f"{base}_{number}"
+
+
+def erase_dead(gm: fx.GraphModule, private: set[fx.Node]) -> None:
+    """Erase nodes nobody reads (in-place operations only where they belong to ``private``)."""
+    for node in reversed(list(gm.graph.nodes)):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        if node in private or node.op == "get_attr" or not _mutates(node):
+            gm.graph.erase_node(node)
+    drop_unread(gm)
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable) or op_base(node).endswith("_")
+
+
+def drop_unread(gm: fx.GraphModule) -> None:
+    """Delete parameters, buffers and modules that no node names."""
+    read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+
+    def clean(module: nn.Module, path: str) -> bool:
+        if path in called:
+            return True
+        for store in (module._parameters, module._buffers):
+            for name in [n for n in store if f"{path}.{n}".lstrip(".") not in read]:
+                del store[name]
+        for name, child in list(module._modules.items()):
+            if child is None or not clean(child, f"{path}.{name}".lstrip(".")):
+                del module._modules[name]
+        return bool(module._parameters or module._buffers or module._modules)
+
+    clean(gm, "")
+
+
+def node_count(gm: fx.GraphModule) -> int:
+    """Operations in the graph (inputs, outputs and weights not counted)."""
+    return sum(n.op in ("call_function", "call_module", "call_method") for n in gm.graph.nodes)

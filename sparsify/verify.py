@@ -1,0 +1,186 @@
+"""Check claims: each region on the real activations of the dense run, then the whole model.
+
+Regions are checked in isolation in one run: wherever a rewritten region ends, its value is compared
+with the dense run's and then replaced by it, so the next region again sees dense activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify.core import Claim
+from sparsify.regions import Region
+from sparsify.report import Evidence
+from sparsify.runtime.spec import is_routed
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half an ulp at one: 6.0e-8 for float32, 3.9e-3 for bfloat16, 1.1e-16 for float64."""
+    return float(torch.finfo(dtype).eps) / 2
+
+
+def error_between(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """(largest absolute difference, largest absolute expected value), in float64.
+
+    Positions where both are the same infinity, or both NaN, count as equal.
+    """
+    a, b = found.detach().double(), expected.detach().double()
+    if a.shape != b.shape:
+        return float("inf"), 0.0
+    if a.numel() == 0:
+        return 0.0, 0.0
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, torch.zeros_like(a), (a - b).abs())
+    finite = b[b.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    worst = float(torch.nan_to_num(difference, nan=float("inf")).max())
+    return worst, scale
+
+
+@contextlib.contextmanager
+def dense_limit(model: nn.Module) -> Iterator[None]:
+    """All units live, through the routed code path (no dense shortcut)."""
+    before = []
+    for module in model.modules():
+        if is_routed(module):
+            before.append((module, getattr(module, "dispatch", None), module_active(module)))
+            if hasattr(module, "dispatch"):
+                module.dispatch = "grouped"
+            if before[-1][2] is not None:
+                _set_module_active(module, 1.0)
+    try:
+        yield
+    finally:
+        for module, dispatch, active in before:
+            if dispatch is not None:
+                module.dispatch = dispatch
+            if active is not None:
+                _set_module_active(module, active)
+
+
+def module_active(module: nn.Module) -> float | None:
+    """The budget of a module that has a dial of its own."""
+    active = getattr(module, "active", None)
+    return float(active) if isinstance(active, int | float) else None
+
+
+def _set_module_active(module: nn.Module, active: float) -> None:
+    setter = getattr(module, "set_active", None)
+    if setter is not None:
+        setter(active)
+
+
+class _Forced(fx.Interpreter):
+    """Runs a graph; at given nodes compares the value with the dense one and goes on with that."""
+
+    def __init__(self, gm: fx.GraphModule, dense: Mapping[fx.Node, Tensor]) -> None:
+        super().__init__(gm)
+        self.dense = dense
+        self.errors: dict[fx.Node, tuple[float, float]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.dense:
+            self.errors[n] = error_between(value, self.dense[n])
+            return self.dense[n]
+        return value
+
+
+def check_regions(
+    gm: fx.GraphModule,
+    example: Sequence[Tensor],
+    rewritten: Sequence[tuple[Region, Claim, int]],
+    dense: Mapping[str, Tensor],
+    also_force: Sequence[Region] = (),
+) -> list[Evidence]:
+    """Evidence for each rewritten region, on dense activations.
+
+    Args:
+        gm: the graph after the pass.
+        example: flat example inputs.
+        rewritten: (region, claim, rounding length).
+        dense: region key (``kind:path``) -> result of the dense run.
+        also_force: other regions whose results are also replaced by the dense ones.
+    """
+    marks = {r.ports["y"]: dense[key(r)] for r in [*also_force, *(r for r, _, _ in rewritten)]}
+    runner = _Forced(gm, marks)
+    with torch.no_grad(), dense_limit(gm):
+        runner.run(*example)
+    found = []
+    for region, claim, length in rewritten:
+        error, scale = runner.errors[region.ports["y"]]
+        dtype = dense[key(region)].dtype
+        limit = claim.tolerance(unit_roundoff(dtype), length or region.length, scale)
+        found.append(
+            Evidence(
+                "region",
+                region.path,
+                str(claim),
+                _dtype(dtype),
+                error,
+                scale,
+                limit,
+                error <= limit,
+            )
+        )
+    return found
+
+
+def check_end_to_end(
+    gm: fx.GraphModule,
+    example: Sequence[Tensor],
+    golden: Sequence[Tensor],
+    claims: Sequence[tuple[Claim, int]],
+) -> Evidence:
+    """Evidence for the model's outputs, all rewrites so far together.
+
+    The rounding lengths of all rewritten regions add up, since each region's error enters the
+    residual stream once. The worst output, by error over tolerance, stands for all.
+    """
+    with torch.no_grad(), dense_limit(gm):
+        outputs = gm(*example)
+    worst: Evidence | None = None
+    exact = all(claim.kind == "EXACT" for claim, _ in claims)
+    length = sum(n for claim, n in claims if claim.kind != "EXACT")
+    bounded = sum(claim.eps for claim, _ in claims if claim.kind == "BOUNDED")
+    approximate = any(claim.kind == "APPROXIMATE" for claim, _ in claims)
+    names = sorted({str(claim) for claim, _ in claims})
+    for found, expected in zip(outputs, golden, strict=True):
+        if not isinstance(expected, Tensor) or not expected.is_floating_point():
+            continue
+        error, scale = error_between(found, expected)
+        reordered = Claim("REORDERED").tolerance(unit_roundoff(expected.dtype), length, scale)
+        limit = 0.0 if exact else reordered + bounded * scale
+        limit = float("inf") if approximate else limit
+        this = Evidence(
+            "end-to-end",
+            "",
+            "+".join(names),
+            _dtype(expected.dtype),
+            error,
+            scale,
+            limit,
+            error <= limit,
+        )
+        if worst is None or _badness(this) > _badness(worst):
+            worst = this
+    assert worst is not None, "a captured graph has a floating point output"
+    return worst
+
+
+def _badness(evidence: Evidence) -> float:
+    return evidence.error / evidence.tolerance if evidence.tolerance > 0 else evidence.error * 1e30
+
+
+def key(region: Region) -> str:
+    """A region's name that is unique in its graph."""
+    return f"{region.kind}:{region.path}"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
