@@ -21,14 +21,13 @@ _HOME = {
     "RoutedRows": "heads",
     "Router": "router",
     "Step": "program",
-    "counters": "counters",
     "from_spec": "spec",
     "realised": "counters",
     "routed": "spec",
     "set_active": "dial",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605  (derived, so that it cannot disagree with _HOME)
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """From the caller's arguments to the graph's flat inputs, and back to the caller's result.
 
-Two kinds of call: ``ModuleCall`` for any module (the captured arguments, by name and structure), and
-``CausalCall`` for causal language models (ids, mask, positions and a key/value cache, all optional
-but the ids, as in transformers). Both are plain JSON-able data.
+Two kinds of call: ``ModuleCall`` for any module (the captured arguments, by name and structure),
+and ``CausalCall`` for causal language models (ids, mask, positions and a key/value cache, all
+optional but the ids, as in transformers). Both are plain JSON-able data.
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ class CausalCall:
         pad_position: the position that ``mask-cumsum`` gives to padding.
         masked: whether the graph takes ``attention_mask``.
         layers: (kv heads, key width, value width) per cached layer; empty without a cache.
-        vocabulary: rows of the logits.
+        vocabulary: width of the logits.
+        result: output class of the dense model, ``module:Class``.
+        dtype: floating dtype at capture: that of an empty cache, unless said otherwise.
     """
 
     kind: ClassVar[str] = "causal-lm"
@@ -184,20 +186,34 @@ class CausalCall:
     vocabulary: int
     pad_position: int = 0
     model: str = "model"
+    result: str = ""
+    dtype: str = "float32"
 
-    def flatten(
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Flat graph inputs from ``input_ids, attention_mask, position_ids, past_key_values``."""
+        names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        unknown = [name for name in given if name not in names]
+        if unknown or "input_ids" not in given:
+            raise NotCaptured(
+                f"the graph takes {', '.join(names)}"
+                + (f", not {', '.join(unknown)}" if unknown else "; input_ids are missing")
+            )
+        return self.inputs(*(given.get(name) for name in names))
+
+    def inputs(
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past: Pairs | None = None,
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
         """Flat graph inputs; what the caller leaves out follows from the rules above.
 
         Args:
-            dtype: dtype of an empty cache.
+            dtype: dtype of an empty cache; None = the captured one.
         """
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             shape = _sizes(tuple(input_ids.shape)) if isinstance(input_ids, Tensor) else "no tensor"
@@ -205,7 +221,7 @@ class CausalCall:
         batch, tokens = input_ids.shape
         device = input_ids.device
         if past is None:
-            past = self.empty_cache(batch, dtype, device)
+            past = self.empty_cache(batch, dtype or getattr(torch, self.dtype), device)
         if len(past) != len(self.layers):
             raise NotCaptured(
                 f"the cache has {len(past)} layers, the graph {len(self.layers)}",

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -55,21 +55,22 @@ class Plan:
     def all_live(self) -> bool:
         return self.live == self.tokens * self.units
 
-    @property
-    def sizes(self) -> list[int]:
-        """Units per segment: what to ``split`` unit-major weights by.
+    def split(self, packed: Tensor | None, dim: int = 0) -> list[Tensor] | list[None]:
+        """Unit-major ``packed``, one piece per segment (Nones for None).
 
         One split instead of slices: its gradient is one concatenation, where every slice would
         fill a zero tensor of the size of all units.
         """
-        return [s.size for s in self.segments]
+        if packed is None:
+            return [None] * len(self.segments)
+        return list(torch.split(packed, [s.size for s in self.segments], dim))
 
     def pairs(self, select: Tensor) -> list[Tensor]:
-        """Weights of each segment's live pairs: (T, size) where it has all tokens, else (count, 1).
-        """
-        parts = list(select.split(self.sizes, dim=1))
+        """Each segment's weights: (T, size) where it has all tokens, else (count, 1)."""
+        parts = list(torch.split(select, [s.size for s in self.segments], 1))
         if any(s.rows is not None for s in self.segments):
-            by_unit = select.t().masked_select(self.mask.t()).unsqueeze(1).split(self.counts)
+            flat = select.t().masked_select(self.mask.t()).unsqueeze(1)
+            by_unit = torch.split(flat, self.counts)
             for i, s in enumerate(self.segments):
                 if s.rows is not None:
                     parts[i] = by_unit[s.start]
@@ -88,7 +89,7 @@ def plan(select: Tensor, fuse: bool) -> Plan:
     segments: list[Segment] = []
     rows: Iterator[Tensor] = iter(())
     if not fuse or any(c not in (0, tokens) for c in counts):
-        rows = iter(mask.t().nonzero()[:, 1].split(counts))
+        rows = iter(torch.split(mask.t().nonzero()[:, 1], counts))
     for unit, count in enumerate(counts):
         whole = fuse and count == tokens
         mine = next(rows, None)
@@ -100,11 +101,25 @@ def plan(select: Tensor, fuse: bool) -> Plan:
     return Plan(tokens, units, segments, mask, counts)
 
 
+def live_runs(live: list[bool]) -> list[tuple[int, int]]:
+    """(start, size) of every run of live units."""
+    runs: list[tuple[int, int]] = []
+    end = -1
+    for unit, used in enumerate(live):
+        if used:
+            if unit == end:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            else:
+                runs.append((unit, 1))
+            end = unit + 1
+    return runs
+
+
 class Sum:
     """A sum of partial products (T, D), accumulated in ``dtype`` (float32 for half types).
 
-    Each unit contributes to the tokens that use it; rounding every contribution to a half type would
-    cost accuracy with the number of units, so the cast to the model's dtype comes once, at the end.
+    Each unit contributes to the tokens that use it; rounding every contribution to a half type
+    would lose accuracy with the number of units, so the one cast comes at the end.
     """
 
     def __init__(self, tokens: int, bias: Tensor | None, width: int, like: Tensor) -> None:
@@ -116,12 +131,20 @@ class Sum:
 
     def add(self, rows: Tensor | None, left: Tensor, right: Tensor) -> None:
         """Add ``left (n, k) @ right (k, D)`` to the tokens ``rows`` (None = all)."""
-        left, right = left.to(self.dtype), right.to(self.dtype)
-        if rows is None:
-            start = self.bias if self.total is None else self.total
-            self.total = left @ right if start is None else torch.addmm(start, left, right)
-            return
-        self.total = self.value().index_add_(0, rows, left @ right)
+        if torch.is_autocast_enabled(left.device.type):
+            with torch.autocast(left.device.type, enabled=False):
+                self._add(rows, left.to(self.dtype), right.to(self.dtype))
+        else:
+            self._add(rows, left.to(self.dtype), right.to(self.dtype))
+
+    def _add(self, rows: Tensor | None, left: Tensor, right: Tensor) -> None:
+        start = self.bias if self.total is None else self.total
+        if rows is not None:
+            self.total = self.value().index_add_(0, rows, left @ right)
+        elif start is None:
+            self.total = left @ right
+        else:
+            self.total = torch.addmm(start, left, right)
 
     def value(self) -> Tensor:
         """The sum so far."""
@@ -129,3 +152,21 @@ class Sum:
             zero = self.like.new_zeros(self.shape, dtype=self.dtype)
             self.total = zero if self.bias is None else zero + self.bias
         return self.total
+
+
+def watched(x: Tensor, module: nn.Module) -> bool:
+    """Whether autograd or autocast watches: the paths that write into buffers are closed then."""
+    if torch.is_autocast_enabled(x.device.type):
+        return True
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in module.parameters())
+    )
+
+
+def join_graph(y: Tensor, *sources: Tensor) -> Tensor:
+    """``y``, differentiable even where nothing was live: ``backward`` then finds zero gradients."""
+    if not torch.is_grad_enabled() or y.requires_grad:
+        return y
+    if not any(s.requires_grad for s in sources):
+        return y
+    return y + sum((s[:0].sum() for s in sources), start=y.new_zeros(())).to(y.dtype)

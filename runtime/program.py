@@ -1,4 +1,4 @@
-"""Straight-line ATen programs: small pieces of the user's model that routed modules run as they are.
+"""Straight-line ATen programs: pieces of the user's model that routed modules run unchanged.
 
 The activation of a feed-forward layer, and what happens to attention scores before the weighted
 sum, are kept as the operations the model itself used; nothing is recognised by name and replaced.

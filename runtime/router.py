@@ -125,6 +125,10 @@ class Router(RoutedModule):
         least = 0.0 if self.shared else 1.0
         return min(max(active * self.units - self.shared, least), float(self.routed))
 
+    def live_units(self, active: float) -> float:
+        """Units that a token uses at the budget ``active``, on average."""
+        return self.shared + self.wanted(active)
+
     def clamped(self, active: float) -> bool:
         """Whether the shared units alone exceed the budget ``active``."""
         return self.shared > active * self.units + 0.5
@@ -225,7 +229,7 @@ class Router(RoutedModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         table = self.quantiles
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if table is not None and self.quantiles is not None and self.quantiles.dtype != table.dtype:
             # ``model.half()`` must not round the thresholds: neighbouring budgets would coincide.
             self.quantiles = table.to(self.quantiles.device)

@@ -130,6 +130,17 @@ def from_spec(spec: Mapping[str, Any]) -> RoutedModule:
     return module
 
 
+R = TypeVar("R", bound=RoutedModule)
+
+
+def nested(spec: Mapping[str, Any], kind: type[R]) -> R:
+    """:func:`from_spec` for a part that must be a ``kind``."""
+    module = from_spec(spec)
+    if not isinstance(module, kind):
+        raise BadCheckpoint(f"a {type(module).__name__} stands where a {kind.__name__} belongs")
+    return module
+
+
 def is_routed(module: nn.Module) -> bool:
     """Whether ``module`` can be stored by its spec."""
     return _CLASSES.get(type(module).__name__) is type(module)

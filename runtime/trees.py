@@ -2,8 +2,8 @@
 
 A tree says where each tensor of a flat list goes: tuples, lists, dicts, named tuples, records
 (dataclass outputs such as transformers' ``ModelOutput``) and plain values. Trees are JSON-able, so
-checkpoints can hold them; rebuilding never runs code that a file names, except the output classes of
-transformers and diffusers.
+checkpoints can hold them; rebuilding never runs code that a file names, except the output classes
+of transformers and diffusers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _seen_classes: dict[str, type] = {}
 
 
 class Record(dict[str, Any]):
-    """A dict whose items are attributes too: stands in for an output class that is not installed."""
+    """A dict whose items are attributes too: stands in for an output class not installed."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -51,8 +51,9 @@ def describe(value: Any, leaves: list[Tensor], path: str = "") -> Tree:
     if isinstance(value, torch.dtype):
         return {"kind": "dtype", "value": str(value).removeprefix("torch.")}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = {n: describe(v, leaves, f"{path}.{n}") for n, v in value._asdict().items()}
-        return {"kind": "record", "class": _remember(type(value)), "items": items}
+        pairs = zip(value._fields, value, strict=True)
+        items = {n: describe(v, leaves, f"{path}.{n}") for n, v in pairs}
+        return {"kind": "record", "class": remember(type(value)), "items": items}
     if isinstance(value, tuple | list):
         kind = "list" if isinstance(value, list) else "tuple"
         each = [describe(v, leaves, f"{path}.{i}") for i, v in enumerate(value)]
@@ -60,7 +61,7 @@ def describe(value: Any, leaves: list[Tensor], path: str = "") -> Tree:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         present = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         items = {n: describe(v, leaves, f"{path}.{n}") for n, v in present.items() if v is not None}
-        return {"kind": "record", "class": _remember(type(value)), "items": items}
+        return {"kind": "record", "class": remember(type(value)), "items": items}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         items = {key: describe(v, leaves, f"{path}.{key}") for key, v in value.items()}
         return {"kind": "dict", "items": items}
@@ -88,7 +89,7 @@ def _rebuild(tree: Tree, leaves: Any) -> Any:
     items = {key: _rebuild(item, leaves) for key, item in tree["items"].items()}
     if kind == "dict":
         return items
-    return (_find_class(tree["class"]) or Record)(**items)
+    return (find_class(tree["class"]) or Record)(**items)
 
 
 def count(tree: Tree) -> int:
@@ -108,13 +109,19 @@ def leaf_names(tree: Tree, prefix: str) -> list[str]:
     return [name for key, item in pairs for name in leaf_names(item, f"{prefix}_{key}")]
 
 
-def _remember(cls: type) -> str:
+def record(path: str, **items: Any) -> Any:
+    """A result of the output class called ``path`` (``module:Class``), or a Record."""
+    return (find_class(path) or Record)(**items)
+
+
+def remember(cls: type) -> str:
+    """The path under which :func:`record` finds ``cls`` again."""
     path = f"{cls.__module__}:{cls.__qualname__}"
     _seen_classes[path] = cls
     return path
 
 
-def _find_class(path: str) -> type | None:
+def find_class(path: str) -> type | None:
     """The output class of that name; None (then a Record stands in) unless seen here or trusted."""
     if path in _seen_classes:
         return _seen_classes[path]

@@ -14,7 +14,7 @@ from sparsify.owner import check_owner
 check_owner()
 
 if TYPE_CHECKING:
-    from sparsify.api import bisect, compile, diff, inspect, load, reproduce  # noqa: A004
+    from sparsify.api import compile, diff, inspect, load  # noqa: A004
     from sparsify.core import (
         APPROXIMATE,
         BOUNDED,
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# `verify` and `evaluate` are also modules in here, which would take the functions' place once they are
-# imported; those two stay in sparsify.api.
+# sparsify.api has more (verify, evaluate, reproduce, ...); those are also modules in here, and the
+# import of the module would take the function's place.
 _HOME = {
-    "sparsify.api": ("bisect", "compile", "diff", "inspect", "load", "reproduce"),
+    "sparsify.api": ("compile", "diff", "inspect", "load"),
     "sparsify.core": (
         "APPROXIMATE", "BOUNDED", "EXACT", "REORDERED", "Claim", "Moved", "Pass", "Refused",
         "Remark", "Rewrite", "Splice", "option",
@@ -69,13 +69,11 @@ __all__ = [
     "SparseModel",
     "SparsifyError",
     "Splice",
-    "bisect",
     "compile",
     "diff",
     "inspect",
     "load",
     "option",
-    "reproduce",
 ]
 
 

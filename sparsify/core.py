@@ -206,7 +206,7 @@ def _legal(field: dataclasses.Field[Any]) -> str:
 
 def _convert(cls: type[Pass[Any]], field: dataclasses.Field[Any], value: Value) -> Value:
     """``value`` as the field's type, or BadOption."""
-    kind = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))[field.name]
+    kind = typing.get_type_hints(cls)[field.name]
     ok: Value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         ok = float(value)
@@ -297,7 +297,7 @@ class Pass(Generic[R]):
     @classmethod
     def options(cls) -> tuple[OptionInfo, ...]:
         """The option table, for help, docs and JSON."""
-        hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
+        hints = typing.get_type_hints(cls)
         return tuple(
             OptionInfo(
                 f.name, hints[f.name].__name__, f.default, f.metadata.get("help", ""), _legal(f)

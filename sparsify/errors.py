@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class SparsifyError(Exception):
@@ -122,12 +122,23 @@ class NothingMatched(SparsifyError):
     tag = "nothing matched"
 
 
+class NothingRewritten(NothingMatched):
+    """Regions matched, but every pass refused all of them or was told to leave them."""
+
+    tag = "refused"
+
+
 class ClaimFailed(SparsifyError):
-    """A rewrite did not keep its claim; ``reproducer`` is the folder that shows it."""
+    """A rewrite did not keep its claim.
+
+    ``reproducer`` is the folder that shows it; ``evidence`` the failed checks
+    (:class:`sparsify.report.Evidence`).
+    """
 
     exit_code = 1
     tag = "claim failed"
     reproducer: str | None = None
+    evidence: Any = ()
 
 
 class SparsifyBug(SparsifyError):

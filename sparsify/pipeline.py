@@ -19,11 +19,11 @@ from sparsify.errors import ClaimFailed
 from sparsify.probe import annotate
 from sparsify.regions import Matches, NearMiss, Region
 from sparsify.report import Evidence, Step
-from sparsify.reproduce import write_reproducer
+from sparsify.reproducer import write_reproducer
 from sparsify.rewrite import node_count, splice
 from sparsify.runtime.dial import set_active
 from sparsify.text import StageText
-from sparsify.verify import check_end_to_end, check_regions, key
+from sparsify.evidence import check_end_to_end, check_regions, key
 
 Verify = Literal["each", "end", "off"]
 Progress = Callable[[str, int, int], None]
@@ -57,8 +57,9 @@ class State:
     only: Callable[[Region], bool] | None = None  # bisect narrows the regions with this
 
 
-def prepare(gm: fx.GraphModule, example: tuple[Tensor, ...], golden: tuple[Tensor, ...],
-            matches: Matches) -> State:
+def prepare(
+    gm: fx.GraphModule, example: tuple[Tensor, ...], golden: tuple[Tensor, ...], matches: Matches
+) -> State:
     """The state before the first pass; records every region's dense result."""
     for region in matches.regions:
         region.ports["y"].meta["keep"] = True
@@ -93,7 +94,7 @@ def run_stage(
     """
     start = time.perf_counter()
     work = stage.work
-    before = facts(state.gm, context=context)
+    before = facts(state.gm, state.matches.regions, context=context)
     nodes_before = node_count(state.gm)
     remarks: list[Remark] = []
     moved: list[Moved] = []
@@ -108,14 +109,18 @@ def run_stage(
             done.append((region, work.claim, outcome.length or region.length))
             moved.extend(outcome.weights)
             remarks.append(
-                Remark("applied", work.name, region.path, region.kind, outcome.note, None,
-                       region.where)
+                Remark(
+                    "applied", work.name, region.path, region.kind, outcome.note, None, region.where
+                )
             )
         region.samples = {}  # samples are large: a region's are gone once its pass has run
         if progress is not None:
             progress(work.name, number + 1, len(mine))
-    remarks += [near_miss_remark(m, work.name) for m in state.matches.near_misses
-                if m.kind == work.region_type.kind]
+    remarks += [
+        near_miss_remark(m, work.name)
+        for m in state.matches.near_misses
+        if m.kind == work.region_type.kind
+    ]
     state.claims += [(claim, length) for _, claim, length in done]
     evidence: list[Evidence] = []
     if done and verify == "each":
@@ -126,7 +131,7 @@ def run_stage(
     active = getattr(work, "active", None)
     if done and isinstance(active, float):
         set_active(state.gm, active, pass_name=work.name)
-    after = facts(state.gm, context=context)
+    after = facts(state.gm, state.matches.regions, context=context)
     return Step(
         pass_name=work.name,
         options=str(stage.text),
@@ -167,8 +172,15 @@ def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
 
 def near_miss_remark(miss: NearMiss, pass_name: str) -> Remark:
     """A near miss as a remark."""
-    return Remark("near-miss", pass_name, miss.path, miss.kind, f"{miss.role}: {miss.reason}",
-                  None, miss.where)
+    return Remark(
+        "near-miss",
+        pass_name,
+        miss.path,
+        miss.kind,
+        f"{miss.role}: {miss.reason}",
+        None,
+        miss.where,
+    )
 
 
 def stop_on_failure(
@@ -183,8 +195,15 @@ def stop_on_failure(
     region = by_path.get(worst.region)
     folder = None
     if reproducer is not None and region is not None:
-        folder = write_reproducer(reproducer, state.gm, state.example, region,
-                                  state.dense[key(region)], str(stage.text), worst)
+        folder = write_reproducer(
+            reproducer,
+            state.gm,
+            state.example,
+            region,
+            state.dense[key(region)],
+            str(stage.text),
+            worst,
+        )
     place = worst.region or "the model's outputs"
     error = ClaimFailed(
         f"{stage.work.name} does not keep its claim at {place}",
@@ -192,10 +211,14 @@ def stop_on_failure(
         f"{worst.tolerance:.3g} (output scale {worst.scale:.3g}, {worst.dtype}); "
         f"{len(failed)} of {len(evidence)} checks failed",
         where=f"--> {region.where}" if region is not None else None,
-        help=(f"sparsify reproduce {folder}" if folder else
-              f"sparsify bisect MODEL -p '{stage.text}' names the region"),
+        help=(
+            f"sparsify reproduce {folder}"
+            if folder
+            else f"sparsify bisect MODEL -p '{stage.text}' names the region"
+        ),
     )
     error.reproducer = folder
+    error.evidence = tuple(failed)
     raise error
 
 

@@ -6,15 +6,16 @@ distribution adds one through the entry point group ``sparsify.passes``::
     [project.entry-points."sparsify.passes"]
     my-pass = "my_package.my_pass"            # or "my_package.my_pass:MyPass"
 
-Each is imported when it is first asked for, so a broken one breaks nothing but itself. Two owners of
-one name are an error that names both: what a pipeline means never depends on install order.
+Each is imported when it is first asked for, so a broken one breaks nothing but itself. Two owners
+of one name are an error that names both: what a pipeline means never depends on install order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
+import inspect
+import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,17 @@ def entries() -> dict[str, tuple[Entry, ...]]:
     for file in sorted(_FOLDER.glob("[!_]*.py")):
         entry = Entry(file.stem.replace("_", "-"), OURS, f"sparsify.passes.{file.stem}")
         found.setdefault(entry.name, []).append(entry)
+    import importlib.metadata  # it brings email and more: 15 ms that --help need not pay
+
     for point in importlib.metadata.entry_points(group=GROUP):
         owner = point.dist.name if point.dist else "an unknown distribution"
         module, _, attribute = point.value.partition(":")
         entry = Entry(point.name, owner, module.strip(), attribute.strip() or None)
         found.setdefault(entry.name, []).append(entry)
-    return {name: tuple(found[name]) for name in sorted(found)}
+    return {
+        name: tuple(sorted(found[name], key=lambda e: (e.owner != OURS, e.owner)))
+        for name in sorted(found)
+    }
 
 
 def names() -> tuple[str, ...]:
@@ -203,7 +209,9 @@ def _fault(found: Any, entry: Entry) -> str | None:
         return f"{found.__name__} is not decorated with @dataclasses.dataclass(frozen=True)"
     if found.name != entry.name:
         return f"{found.__name__} calls itself '{found.name}' but is registered as '{entry.name}'"
-    if not found.summary:
+    own = vars(found).get("__doc__") or ""
+    written = own and not own.startswith(f"{found.__name__}(")  # what dataclass makes up
+    if not (inspect.getdoc(sys.modules[found.__module__]) or written):
         return "neither the module nor the class has a docstring"
     if not isinstance(getattr(found, "region_type", None), type):
         return f"{found.__name__} does not name its region type, as in Pass[FeedForward]"

@@ -1,9 +1,9 @@
 """Capture: a model and an example become one graph with the model's own names and source lines.
 
 ``capture(model)`` runs torch.export (non-strict, dynamic batch and sequence, no decompositions) in
-eval mode and leaves the model as it was. The graph has flat tensor inputs and outputs; ``call`` says
-how the caller's arguments map to them. Golden outputs are the dense model's own, and the graph is
-checked against them before anything else happens.
+eval mode and leaves the model as it was. The graph has flat tensor inputs and outputs; ``call``
+says how the caller's arguments map to them. Golden outputs are the dense model's own, and the graph
+is checked against them before anything else happens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.capture.causal import capture_causal, is_causal_lm
+from sparsify.capture.export import Exported
 from sparsify.capture.inputs import given, natural
 from sparsify.capture.plain import capture_module, capture_program
 from sparsify.errors import BadInput, BadWeights, CaptureFailed, ModelNotFound, ModelUnreadable
@@ -38,6 +39,7 @@ class Capture:
         notes: what was lost (a fixed size, no cache), one line each.
         dtype: the model's floating dtype.
         source: the model that was captured, untouched; its config and class serve the result.
+        shared: whether the graph's parameters are the caller's own.
     """
 
     graph: fx.GraphModule
@@ -48,6 +50,7 @@ class Capture:
     notes: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
     source: Any = dataclasses.field(default=None, repr=False)
+    shared: bool = True
 
     @property
     def dynamic(self) -> tuple[tuple[bool, ...], ...]:
@@ -76,10 +79,7 @@ def capture(
         model = _load_program(Path(model))
     if isinstance(model, torch.export.ExportedProgram):
         _check_weights(dict(model.state_dict))
-        exported, call, flat, golden = capture_program(
-            model if share else copy.deepcopy(model)
-        )
-        return _finish(exported, call, flat, golden, None)
+        return _finish(*capture_program(model if share else copy.deepcopy(model)), None, share)
     if not isinstance(model, nn.Module):
         raise BadInput(
             f"a {type(model).__name__} cannot be captured",
@@ -94,19 +94,23 @@ def capture(
     if not share:
         model = copy.deepcopy(model)
     if is_causal_lm(model, example):
-        exported, call, flat, golden = capture_causal(model, example, dynamic)
-    else:
-        args, kwargs = given(example) if example is not None else ((), natural(model))
-        exported, call, flat, golden = capture_module(model, args, kwargs, dynamic)
-    return _finish(exported, call, flat, golden, model)
+        return _finish(*capture_causal(model, example, dynamic), model, share)
+    args, kwargs = given(example) if example is not None else ((), natural(model))
+    return _finish(*capture_module(model, args, kwargs, dynamic), model, share)
 
 
-def _finish(exported: Any, call: CallSpec, flat: Any, golden: Any, source: Any) -> Capture:
+def _finish(
+    exported: Exported,
+    call: CallSpec,
+    example: tuple[Tensor, ...],
+    golden: tuple[Tensor, ...],
+    source: Any,
+    shared: bool,
+) -> Capture:
     dtype = placement(exported.graph)[0] or torch.float32
     exported.graph.meta["dtype"] = dtype
-    return Capture(
-        exported.graph, call, flat, golden, call.kind, exported.notes, dtype, source
-    )
+    notes = exported.notes
+    return Capture(exported.graph, call, example, golden, call.kind, notes, dtype, source, shared)
 
 
 def _load_program(path: Path) -> torch.export.ExportedProgram:
@@ -114,7 +118,7 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
         raise ModelNotFound(f"no such file: {path}")
     try:
         return torch.export.load(path)
-    except Exception as error:  # noqa: BLE001  (a damaged archive fails in many ways)
+    except Exception as error:  # a damaged archive fails in many ways
         raise ModelUnreadable(
             f"{path} is not a readable exported program",
             why=f"{type(error).__name__}: {error}",

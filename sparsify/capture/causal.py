@@ -21,6 +21,7 @@ from sparsify.capture.failures import failed
 from sparsify.capture.inputs import given, is_transformers, token_ids
 from sparsify.errors import CaptureFailed
 from sparsify.runtime.calling import CausalCall, mask_positions
+from sparsify.runtime.trees import remember
 
 PAST = 3  # cached tokens in the example: any size but 0 and 1, which export would fix
 _POSITION_CANDIDATES = (("arange", 0), ("mask-cumsum", 0), ("mask-cumsum", 1), ("mask-cumsum", -1))
@@ -53,12 +54,13 @@ def capture_causal(
             call, flat, golden, notes = _plan(model, ids)
         except CaptureFailed:
             raise
-        except Exception as error:  # noqa: BLE001  (user code raises anything)
+        except Exception as error:  # user code raises anything
             raise failed(f"{type(model).__name__} does not run on token ids", error) from error
         names = _names(call)
         axes = [[0, 1]] * (len(flat) - 2 * len(call.layers)) + [[0, 2]] * (2 * len(call.layers))
 
         def run(inner: nn.Module, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            _same_sizes(tensors, call)
             return _forward(inner, call, tensors)
 
         exported = export(model, run, flat, names, axes if dynamic else [[] for _ in axes])
@@ -119,8 +121,8 @@ def _forward(model: Any, call: CausalCall, flat: Sequence[Tensor]) -> list[Tenso
 def _cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
     """A transformers cache of full layers around these tensors.
 
-    Sliding windows are in the mask that the model builds; layers are filled directly, since a lazily
-    initialised layer would leave empty constants of a fixed dtype in the graph.
+    Sliding windows are in the mask that the model builds; layers are filled directly, since a
+    lazily initialised layer would leave empty constants of a fixed dtype in the graph.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -144,10 +146,31 @@ def _names(call: CausalCall) -> list[str]:
     return names
 
 
+def _same_sizes(flat: Sequence[Tensor], call: CausalCall) -> None:
+    """Tell the tracer which sizes are equal.
+
+    Otherwise every cached tensor has a length of its own, and the arithmetic over them makes the
+    capture slower by a third.
+    """
+    ids = flat[0]
+    batch, tokens = ids.shape
+    cached = flat[len(flat) - 2 * len(call.layers) :] if call.layers else ()
+    past = cached[0].shape[2] if cached else 0
+    for tensor in flat[1 : len(flat) - len(cached)]:
+        torch._check(tensor.shape[0] == batch)
+    if call.masked:
+        torch._check(flat[1].shape[1] == past + tokens)
+    if call.positions is not None:
+        torch._check(flat[1 + call.masked].shape[1] == tokens)
+    for tensor in cached:
+        torch._check(tensor.shape[0] == batch)
+        torch._check(tensor.shape[2] == past)
+
+
 def _one_past_length(module: fx.GraphModule) -> None:
     """Read the cached length off the first layer only: all layers hold the same tokens.
 
-    torch.export gives every cached tensor a length of its own, and with it a chain of size arithmetic.
+    torch.export reads every cached tensor's length, with a chain of size arithmetic for each.
     """
     known: dict[Any, fx.Node] = {}
     for node in list(module.graph.nodes):
@@ -158,10 +181,10 @@ def _one_past_length(module: fx.GraphModule) -> None:
             source, axis = node.args
             past = isinstance(source, fx.Node) and str(source.target).startswith("past_key_values")
             key = ("past" if past and axis == 2 else source, axis)
-        elif node.target in (operator.add, operator.sub, operator.mul) and not node.kwargs:
-            if not isinstance(node.meta.get("val"), torch.Tensor):
-                order = node.args if node.target is operator.sub else frozenset(node.args)
-                key = (node.target, order)
+        elif node.target in (operator.add, operator.sub, operator.mul):
+            key = (
+                (node.target, node.args) if isinstance(node.meta.get("val"), torch.SymInt) else None
+            )
         if key is None:
             continue
         if key in known:
@@ -175,9 +198,7 @@ def _one_past_length(module: fx.GraphModule) -> None:
 # ---------------------------------------------------------------------------- what the model is
 
 
-def _plan(
-    model: Any, ids: Tensor
-) -> tuple[CausalCall, list[Tensor], list[Tensor], list[str]]:
+def _plan(model: Any, ids: Tensor) -> tuple[CausalCall, list[Tensor], list[Tensor], list[str]]:
     """The call (without slots), a flat example with a filled cache, and the model's outputs."""
     notes: list[str] = []
     takes = inspect.signature(model.forward).parameters
@@ -187,8 +208,18 @@ def _plan(
         pairs = _first_cache(model, ids[:, :PAST], notes)
         layers = tuple((int(k.shape[1]), int(k.shape[3]), int(v.shape[3])) for k, v in pairs)
         # Slots are known after export; until then the call only says what is passed.
-        vocabulary = int(model(input_ids=ids[:, :2], use_cache=False).logits.shape[-1])
-        call = CausalCall((), positions, masked, layers, vocabulary, pad, type(model).__name__)
+        probe = model(input_ids=ids[:, :2], use_cache=False)
+        call = CausalCall(
+            (),
+            positions,
+            masked,
+            layers,
+            int(probe.logits.shape[-1]),
+            pad,
+            type(model).__name__,
+            remember(type(probe)),
+            str(model.dtype).removeprefix("torch."),
+        )
         past = PAST if pairs else 0
         new = ids[:, past:].contiguous()
         mask = torch.ones(new.shape[0], past + new.shape[1], dtype=torch.int64, device=ids.device)
@@ -216,7 +247,7 @@ def _first_cache(model: Any, ids: Tensor, notes: list[str]) -> list[tuple[Tensor
         cache = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
         layers = list(getattr(cache, "layers", ()))
         kind = type(layers[0]).__name__ if layers else kind
-    except Exception as error:  # noqa: BLE001  (caches of another kind fail in many ways)
+    except Exception as error:  # caches of another kind fail in many ways
         layers, kind = [], f"{type(error).__name__}: {error}"
     pairs = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in layers]
     plain = all(
@@ -271,15 +302,7 @@ def _check_prefill(model: Any, call: CausalCall, exported: Exported, ids: Tensor
     kwargs = {"attention_mask": mask} if call.masked else {}
     with torch.no_grad():
         dense = model(input_ids=ids, **kwargs, use_cache=False).logits
-        flat = call.flatten(ids, kwargs.get("attention_mask"), dtype=_cache_dtype(exported))
+        flat = call.inputs(ids, kwargs.get("attention_mask"))
         ours = run_flat(exported.graph, flat)[0]
     valid = mask.bool() if call.masked else torch.ones_like(mask, dtype=torch.bool)
     compare(model, [ours[valid]], [dense[valid]], "a batch of another size")
-
-
-def _cache_dtype(exported: Exported) -> torch.dtype:
-    for node in exported.graph.graph.nodes:
-        if node.op == "placeholder" and str(node.target).startswith("past_key_values"):
-            dtype: torch.dtype = node.meta["val"].dtype
-            return dtype
-    return torch.float32

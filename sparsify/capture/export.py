@@ -96,7 +96,7 @@ def export(
             program = torch.export.export(
                 wrapper, tuple(example), dynamic_shapes=(dims,), strict=False
             )
-        except Exception as error:  # noqa: BLE001  (torch.export raises anything)
+        except Exception as error:  # torch.export raises anything
             first = first or error
             continue
         if loss:
@@ -108,9 +108,7 @@ def export(
         graph = normalise(module, names, PREFIX, model)
         return Exported(graph, slots, (*notes, *_fixed(slots, wanted)))
     assert first is not None
-    raise failed(
-        f"torch.export cannot capture {type(model).__name__}", first
-    ) from first
+    raise failed(f"torch.export cannot capture {type(model).__name__}", first) from first
 
 
 def slots_of(program: torch.export.ExportedProgram, names: Sequence[str]) -> tuple[Slot, ...]:
@@ -134,8 +132,9 @@ def _slot(program: torch.export.ExportedProgram, name: str, value: Tensor) -> Sl
 
 def _range(program: torch.export.ExportedProgram, size: Any) -> tuple[int | None, int | None]:
     """Smallest and largest size the trace holds for; the same number where the size is fixed."""
-    if not isinstance(size, torch.SymInt):
-        return int(size), int(size)
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
+    if known is not None:
+        return known, known
     found = program.range_constraints.get(size.node.expr)
     if found is None:
         return None, None
@@ -167,9 +166,7 @@ def run_flat(graph: fx.GraphModule, example: Sequence[Tensor]) -> tuple[Tensor, 
         return tuple(graph(*example))
 
 
-def compare(
-    model: nn.Module, ours: Sequence[Tensor], theirs: Sequence[Tensor], what: str
-) -> None:
+def compare(model: nn.Module, ours: Sequence[Tensor], theirs: Sequence[Tensor], what: str) -> None:
     """CaptureFailed unless the graph's outputs equal the model's up to rounding."""
     for index, (mine, dense) in enumerate(zip(ours, theirs, strict=True)):
         gap = _gap(mine, dense)

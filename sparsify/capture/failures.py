@@ -51,18 +51,19 @@ def failed(what: str, error: BaseException, *, help: str | None = None) -> Captu
 
 def user_line(error: BaseException) -> str | None:
     """``file.py:123   source text`` of the deepest frame in the user's model."""
-    mine, models = None, None
+    mine: traceback.FrameSummary | None = None
+    models: traceback.FrameSummary | None = None
     for frame in _frames(error):
         library = _library(frame.filename)
         if library is None and frame.filename.endswith(".py"):
             mine = frame
         elif library in _MODEL_LIBRARIES and "/models/" in frame.filename:
             models = frame
-    frame = mine or models
-    if frame is None:
+    found = mine or models
+    if found is None:
         return None
-    source = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
-    return f"--> {Path(frame.filename).name}:{frame.lineno}   {source}"
+    source = found.line or linecache.getline(found.filename, found.lineno or 0).strip()
+    return f"--> {Path(found.filename).name}:{found.lineno}   {source}"
 
 
 def _frames(error: BaseException) -> Iterator[traceback.FrameSummary]:

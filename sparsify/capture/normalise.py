@@ -1,8 +1,8 @@
 """From torch.export's module to the plain graph that every later part works on.
 
 Flat placeholders with the caller's names, a flat tuple output, plain code; no assertions, no
-grad-mode or autocast wrappers, no casts or dropouts that do nothing; parameter names are the model's
-own. What is removed is removed only where it provably does nothing at the captured dtype.
+grad-mode or autocast wrappers, no casts or dropouts that do nothing; parameter names are the
+model's own. What is removed is removed only where it provably does nothing at the captured dtype.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from sparsify.errors import CaptureFailed
 from sparsify.runtime.graph import assemble, attach
+from sparsify.runtime.precision import CASTS
 
 aten = torch.ops.aten
 
@@ -52,8 +53,11 @@ def normalise(
     for node in list(graph.nodes):
         same = _does_nothing(node)
         if same is not None:
+            _mark_cast(node, same)
             node.replace_all_uses_with(same)
             graph.erase_node(node)
+    for node in graph.nodes:
+        node.target = _SPELLING.get(node.target, node.target)
     graph.eliminate_dead_code()
     return _rebuild(exported, names, prefix, model)
 
@@ -126,7 +130,7 @@ def _inline(
         call.replace_all_uses_with(results[0])
     else:
         for user in list(call.users):
-            user.replace_all_uses_with(results[user.args[1]])
+            user.replace_all_uses_with(results[int(str(user.args[1]))])
             module.graph.erase_node(user)
     module.graph.erase_node(call)
 
@@ -135,8 +139,8 @@ def _shield_from_autocast(node: fx.Node) -> None:
     """Spell an outer product as a broadcast multiply, which autocast leaves alone.
 
     Rotary embeddings compute ``frequencies (.., n, 1) @ positions (.., 1, T)`` with autocast off.
-    Inlined, a caller's autocast would run that matmul in bfloat16, where position 257 is 256. With an
-    inner size of 1 the product has one term, so the multiply is bit-identical.
+    Inlined, a caller's autocast would run that matmul in bfloat16, where position 257 is 256. With
+    an inner size of 1 the product has one term, so the multiply is bit-identical.
     """
     if node.target not in (aten.matmul.default, aten.bmm.default):
         return
@@ -189,8 +193,22 @@ def _does_nothing(node: fx.Node) -> fx.Node | None:
     return node.args[0] if rule(node) else None
 
 
+def _mark_cast(node: fx.Node, same: fx.Node) -> None:
+    """Remember on the users of a removed float cast that they read through one.
+
+    It does nothing at the captured dtype, but may at another (see sparsify.runtime.precision).
+    """
+    value = node.meta.get("val")
+    casts = _IDENTITY.get(node.target) is _same_placement or same in node.meta.get(CASTS, ())
+    if casts and isinstance(value, Tensor) and value.is_floating_point():
+        for user in node.users:
+            user.meta[CASTS] = (*user.meta.get(CASTS, ()), same)
+
+
 def _same_placement(node: fx.Node) -> bool:
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = source.meta.get("val"), node.meta.get("val")
     copies = node.kwargs.get("copy") is True or (
         node.target is aten.to.dtype and len(node.args) > 3 and node.args[3] is True
     )
@@ -213,7 +231,8 @@ def _whole_slice(node: fx.Node) -> bool:
 
 
 def _no_dropout(node: fx.Node) -> bool:
-    return node.args[1] == 0.0 or node.args[2] is False
+    _, probability, training = node.args
+    return probability == 0.0 or training is False
 
 
 def _constant(node: fx.Node) -> bool:
@@ -244,6 +263,21 @@ _IDENTITY: dict[Any, Callable[[fx.Node], bool]] = {
     aten.feature_dropout.default: _no_dropout,
     aten.lift_fresh_copy.default: _constant,
     aten.detach_.default: _constant,
+}
+
+
+# Python's operators have a second name in ATen; one spelling is enough for every later part.
+_SPELLING: dict[Any, Any] = {
+    getattr(getattr(aten, f"__{name}__"), overload): getattr(getattr(aten, plain), overload)
+    for name, plain in {
+        "and": "bitwise_and",
+        "or": "bitwise_or",
+        "xor": "bitwise_xor",
+        "lshift": "bitwise_left_shift",
+        "rshift": "bitwise_right_shift",
+    }.items()
+    for overload in ("Tensor", "Scalar")
+    if hasattr(getattr(aten, plain), overload)
 }
 
 
@@ -291,8 +325,13 @@ def _rebuild(
             flat = (flat,) if isinstance(flat, fx.Node) else tuple(flat)
             graph.output(tuple(value_of(n) for n in flat)).meta = _meta(node, prefix)
             continue
-        values[node] = graph.node_copy(node, value_of)
-        values[node].meta = _meta(node, prefix)
+        copy = values[node] = graph.node_copy(node, value_of)
+        copy.meta = _meta(node, prefix)
+        through = {value_of(source) for source in node.meta.get(CASTS, ())}
+        if through:
+            copy.meta[CASTS] = tuple(
+                i for i, source in enumerate(copy.all_input_nodes) if source in through
+            )
     root.training = False
     result = assemble(graph, root)
     result.graph.lint()
@@ -336,14 +375,15 @@ def _original(model: nn.Module | None, name: str) -> tuple[Tensor | None, bool]:
         owner = None
     if owner is None:
         return None, False
-    own = owner._parameters.get(leaf)
-    if own is None:
-        own = owner._buffers.get(leaf)
+    own: Tensor | None = owner._parameters.get(leaf)
+    own = owner._buffers.get(leaf) if own is None else own
     return own, own is not None and leaf not in owner._non_persistent_buffers_set
 
 
 # Frames of this package, with their source line, in a recorded stack trace.
-_OWN_FRAME = re.compile(r'^ *File "[^"\n]*[/\\\\]sparsify[/\\\\]capture[/\\\\][^\n]*\n(    [^\n]*\n?)?', re.M)
+_OWN_FRAME = re.compile(
+    r'^ *File "[^"\n]*[/\\\\]sparsify[/\\\\]capture[/\\\\][^\n]*\n(    [^\n]*\n?)?', re.M
+)
 _KEPT = ("stack_trace", "nn_module_stack", "val", "torch_fn")
 
 

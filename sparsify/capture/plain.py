@@ -20,7 +20,7 @@ from sparsify.capture.export import (
 from sparsify.capture.failures import failed
 from sparsify.capture.normalise import normalise
 from sparsify.errors import CaptureFailed
-from sparsify.runtime.calling import ModuleCall
+from sparsify.runtime.calling import ModuleCall, Slot
 from sparsify.runtime.trees import Tree, UnknownStructure, count, describe, leaf_names, rebuild
 
 Captured = tuple[Exported, ModuleCall, tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -65,7 +65,8 @@ def capture_program(program: torch.export.ExportedProgram) -> Captured:
         )
     args, kwargs = program.example_inputs
     names = [
-        p.name for p in inspect.signature(program.module(check_guards=False).forward).parameters.values()
+        p.name
+        for p in inspect.signature(program.module(check_guards=False).forward).parameters.values()
     ]
     trees: dict[str, Tree] = {}
     example: list[Tensor] = []
@@ -89,7 +90,7 @@ def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     try:
         with torch.no_grad():
             return model(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001  (user code raises anything)
+    except Exception as error:  # user code raises anything
         raise failed(
             f"{type(model).__name__} does not run on the example",
             error,
@@ -111,8 +112,11 @@ def _describe_call(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any
 ) -> tuple[ModuleCall, list[Tensor]]:
     parameters = inspect.signature(model.forward).parameters
-    labels = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    names = tuple(labels.get(p.kind, "") + name for name, p in parameters.items())
+    stars: dict[Any, str] = {
+        inspect.Parameter.VAR_POSITIONAL: "*",
+        inspect.Parameter.VAR_KEYWORD: "**",
+    }
+    names = tuple(stars.get(p.kind, "") + name for name, p in parameters.items())
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     values: dict[str, Any] = {}
     for name, value in bound.items():
@@ -128,8 +132,6 @@ def _describe_call(
     if not golden:
         raise CaptureFailed(f"{type(model).__name__} returns no tensor")
     flat_names = _unique([n for name, tree in trees.items() for n in leaf_names(tree, name)])
-    from sparsify.runtime.calling import Slot
-
     slots = tuple(
         Slot(name, tuple(t.shape), (), t.is_floating_point())
         for name, t in zip(flat_names, example, strict=True)
@@ -150,7 +152,7 @@ def _unbind(
     variadic = next((n[1:] for n in parameters if n[0] == "*" and n[1:2] != "*"), None)
     if variadic is None or variadic not in values:
         return [], values
-    before = [n for n in parameters[: parameters.index(f"*{variadic}")]]
+    before = parameters[: parameters.index(f"*{variadic}")]
     args = [values.pop(name) for name in before]
     return [*args, *values.pop(variadic)], values
 
@@ -195,7 +197,7 @@ def _widen(
         try:
             with torch.no_grad():
                 wide = model(*wide_args, **wide_kwargs)
-        except Exception as error:  # noqa: BLE001  (the model may insist on one)
+        except Exception as error:  # the model may insist on one
             notes.append(
                 f"the {word} of the example is 1 and stays fixed: the model fails on 2 "
                 f"({type(error).__name__})"

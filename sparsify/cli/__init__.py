@@ -1,4 +1,4 @@
-"""The command line: ``sparsify VERB``; see ``sparsify --help``. Torch loads only where a verb needs it."""
+"""The command line: ``sparsify VERB``; torch loads only where a verb needs it."""
 
 from sparsify.cli.entry import main
 

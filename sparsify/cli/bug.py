@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
-import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsify.cli import machine
 from sparsify.errors import BadInput, SparsifyBug
 
 COMMAND = "command.json"
@@ -18,6 +14,9 @@ COMMAND = "command.json"
 
 def write(error: BaseException, args: Sequence[str]) -> SparsifyBug:
     """The SparsifyBug to show for an unexpected ``error``, after writing its folder."""
+    import hashlib
+    import traceback
+
     trace = "".join(traceback.format_exception(error))
     digest = hashlib.sha256(f"{list(args)}{trace}".encode()).hexdigest()[:8]
     folder = _keep(f"sparsify-bug-{digest}", trace, args)
@@ -32,6 +31,10 @@ def write(error: BaseException, args: Sequence[str]) -> SparsifyBug:
 
 
 def _keep(name: str, trace: str, args: Sequence[str]) -> Path:
+    import tempfile
+
+    from sparsify.cli import machine
+
     for parent in (Path(), Path(tempfile.gettempdir())):
         folder = parent / name
         try:

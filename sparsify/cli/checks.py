@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparsify import registry
-from sparsify.errors import BadInput, OutputError
+from sparsify.errors import BadCheckpoint, BadInput, ModelNotFound, OutputError, did_you_mean
 from sparsify.text import StageText, parse
 
 MANIFEST = "sparsify.json"  # what marks a folder as a saved sparse model
@@ -24,7 +25,8 @@ def fraction(option: str, value: float | None) -> None:
     """Refuse a budget outside (0, 1]."""
     if value is not None and not 0 < value <= 1:
         raise BadInput(
-            f"{option} cannot be {value:g}", why="it is the fraction of units that a token uses",
+            f"{option} cannot be {value:g}",
+            why="it is the fraction of units that a token uses",
             help=f"0 < {option} <= 1",
         )
 
@@ -36,11 +38,36 @@ def fractions(option: str, text: str) -> tuple[float, ...]:
         try:
             found.append(float(word))
         except ValueError:
-            raise BadInput(
-                f"{option} takes numbers such as 1,0.75,0.5, not '{text}'"
-            ) from None
+            raise BadInput(f"{option} takes numbers such as 1,0.75,0.5, not '{text}'") from None
         fraction(option, found[-1])
     return tuple(found)
+
+
+def among(option: str, value: str | None, legal: Sequence[str]) -> None:
+    """Refuse a word that is not one of ``legal``."""
+    if value is not None and value not in legal:
+        raise BadInput(
+            f"{option} cannot be '{value}'",
+            help=did_you_mean(value, legal) or f"one of: {', '.join(legal)}",
+        )
+
+
+def model(argument: str) -> None:
+    """Refuse a model that is plainly not there; ``sparsify.models`` has the last word."""
+    if not argument.strip():
+        raise BadInput("MODEL is empty", help="a folder, a file, module:function or zoo:NAME")
+
+
+def saved(path: Path) -> None:
+    """Refuse what is not a folder that ``compile`` wrote."""
+    if not path.exists():
+        raise ModelNotFound(f"no saved model at {path}", help="sparsify compile MODEL -o OUT")
+    if not path.is_dir() or not (path / MANIFEST).is_file():
+        raise BadCheckpoint(
+            f"{path} is not a saved sparse model",
+            why=f"it holds no {MANIFEST}" if path.is_dir() else "it is a file",
+            help="sparsify compile MODEL -o OUT",
+        )
 
 
 def text_file(option: str, path: Path | None) -> None:
@@ -65,18 +92,46 @@ def text_file(option: str, path: Path | None) -> None:
         ) from None
 
 
-def output(path: Path, *, force: bool) -> None:
-    """Refuse an output that exists (without ``force``) or cannot be created."""
-    if path.is_symlink() or path.exists():
-        if path.is_dir() and not any(path.iterdir()):
-            return
+def output_folder(path: Path, *, force: bool) -> None:
+    """Refuse a folder for a saved model that is taken (without ``force``) or cannot be made."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file", help="name a folder")
+    if path.is_dir() and any(path.iterdir()):
         if not force:
             raise OutputError(f"{path} exists already", help="--force replaces it")
-        if path.is_dir() and not (path / MANIFEST).exists():
+        if not (path / MANIFEST).exists():
             raise OutputError(
-                f"{path} is a folder, but not a saved sparse model: it is not replaced",
-                help="choose another output",
+                f"{path} is not a saved sparse model, so it is not replaced",
+                help="choose another name, or remove it yourself",
             )
+    _writable(path)
+
+
+def output_file(option: str, path: Path | None, *, force: bool) -> None:
+    """Refuse a file that is there (without ``force``) or cannot be written; ``-`` is stdout."""
+    if path is None or str(path) == "-":
+        return
+    if path.is_dir():
+        raise OutputError(f"{option} {path} is a folder", help="name a file")
+    if path.exists() and not force:
+        raise OutputError(f"{option} {path} exists already", help="--force replaces it")
+    _writable(path)
+
+
+def graph_folder(option: str, path: Path | None, *, force: bool) -> None:
+    """Refuse a folder that holds something already (without ``force``)."""
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{option} {path} is a file", help="name a folder")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise OutputError(
+            f"{option} {path} is not empty", help="--force writes into it, beside what is there"
+        )
+    _writable(path)
+
+
+def _writable(path: Path) -> None:
     parent = path.absolute().parent
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
@@ -84,12 +139,3 @@ def output(path: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write {path}", why=f"{parent} is not a folder")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write {path}", why=f"{parent} is not writable")
-
-
-def output_file(option: str, path: Path | None, *, force: bool) -> None:
-    """As :func:`output` for a single file, where ``-`` is standard output."""
-    if path is None or str(path) == "-":
-        return
-    if path.is_dir():
-        raise OutputError(f"{option} {path} is a folder")
-    output(path, force=force)

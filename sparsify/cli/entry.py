@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from sparsify.cli import bug
 from sparsify.errors import BadInput, OutputError, SparsifyError, did_you_mean
 
 INTERRUPTED = 130
@@ -21,23 +22,34 @@ PIPE_CLOSED = 141  # 128 + SIGPIPE, as for any program whose reader went away
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Prints errors to stderr."""
     args = list(sys.argv[1:] if argv is None else argv)
-    with warnings.catch_warnings():
-        warnings.formatwarning = _one_line
-        try:
-            code = _run(args)
-            sys.stdout.flush()
-        except (KeyboardInterrupt, SystemExit, Exception) as error:
-            code = _failed(error, args)
+    shown_as, warnings.formatwarning = warnings.formatwarning, _one_line
+    try:
+        code = _run(args)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, SystemExit, Exception) as error:
+        code = _failed(error, args)
+    finally:
+        warnings.formatwarning = shown_as
     return code
 
 
 def _run(args: list[str]) -> int:
     import typer
 
-    from sparsify.cli.verbs import app
+    from sparsify.cli.app import app
 
+    for verbs in ("build", "use", "about"):  # in the order of --help; an import registers them
+        importlib.import_module(f"sparsify.cli.{verbs}")
+
+    if not args:
+        _run(["--help"])
+        return 2
     command = typer.main.get_command(app)
-    code = command.main(args=args, prog_name="sparsify", standalone_mode=False)
+    try:  # not command.main: its own handling of signals and pipes would come before ours
+        with command.make_context("sparsify", list(args)) as context:
+            code = command.invoke(context)
+    except typer.Exit as end:
+        code = end.exit_code
     return code if isinstance(code, int) else 0
 
 
@@ -48,11 +60,13 @@ def _failed(error: BaseException, args: list[str]) -> int:
         # Python flushes stdout once more on its way out: let that go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     known = _known(error)
     if known is None:
+        from sparsify.cli import bug
+
         known = bug.write(error, args)
     _print_error(known)
     return known.exit_code
@@ -76,12 +90,14 @@ def _known(error: BaseException) -> SparsifyError | None:
 
 
 def _usage(error: Any) -> SparsifyError:
-    message = str(error.format_message()).rstrip(".")
+    message = re.split(r" \(Possible| Did you mean", str(error.format_message()))[0].rstrip(".")
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "sparsify"
     hint = None
     if message.startswith("No such command") and context is not None:
         hint = did_you_mean(message.split("'")[1], context.command.commands)
+    elif possible := getattr(error, "possibilities", None):
+        hint = f"did you mean {sorted(possible)[0]}?  ({path} --help)"
     what = message[:1].lower() + message[1:]
     return BadInput(what, help=hint or f"{path} --help")
 
@@ -108,13 +124,15 @@ def _print_error(error: SparsifyError) -> None:
 
 def wants_colour(stream: TextIO) -> bool:
     """Whether ``stream`` is a terminal that shows colour, and the user did not turn it off."""
-    return (
-        stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    )
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
     """A warning as users should see it: what, not where in our source."""
     return f"warning: {message}\n"

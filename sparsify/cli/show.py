@@ -1,4 +1,4 @@
-"""Plain text for the terminal: tables that fit its width, JSON, and files that are never half-written."""
+"""What verbs print: tables that fit the terminal, JSON, and files that are never half-written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def table(rows: Sequence[Sequence[str]], *, columns: int | None = None, indent: 
     room = max(20, (columns or width()) - lead)
     lines = []
     for row in rows:
-        start = indent + "".join(f"{cell:<{size}}  " for cell, size in zip(row, sizes, strict=False))
+        start = indent + "".join(
+            f"{cell:<{size}}  " for cell, size in zip(row, sizes, strict=False)
+        )
         first, *rest = textwrap.wrap(row[-1], room) or [""]
         lines.append((start + first).rstrip())
         lines += [" " * lead + line for line in rest]

@@ -91,6 +91,27 @@ class _Forced(fx.Interpreter):
         return value
 
 
+def forced_values(
+    gm: fx.GraphModule,
+    example: Sequence[Tensor],
+    marks: Mapping[fx.Node, Tensor],
+    wanted: Sequence[fx.Node],
+) -> dict[fx.Node, Any]:
+    """Values of ``wanted`` nodes in a run whose marked nodes are replaced by the dense values."""
+    found: dict[fx.Node, Any] = {}
+
+    class Collect(_Forced):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in wanted:
+                found[n] = value
+            return value
+
+    with torch.no_grad(), dense_limit(gm):
+        Collect(gm, marks).run(*example)
+    return found
+
+
 def check_regions(
     gm: fx.GraphModule,
     example: Sequence[Tensor],

@@ -1,0 +1,1 @@
+"""Lowerings of the routed ops, each held against the eager meaning in ``sparsify.runtime``."""

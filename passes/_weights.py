@@ -1,0 +1,25 @@
+"""Weight maps: where each dense weight went, by state-dict name."""
+
+from __future__ import annotations
+
+from sparsify.core import Moved
+from sparsify.regions import FeedForward
+
+
+def packed_ffn(ffn: FeedForward, name: str) -> tuple[Moved, ...]:
+    """The weight map of a feed-forward layer packed into a module ``name`` under its path."""
+    base = f"{ffn.path.split('#')[0]}.{name}".lstrip(".")
+    roles = {"up": ffn.up, "gate": ffn.gate, "down": ffn.down}
+    moved = []
+    for role, linear in roles.items():
+        if linear is None:
+            continue
+        how = "columns, transposed" if role == "down" else "rows"
+        part = " of the fused projection" if linear.rows is not None else ""
+        moved.append(
+            Moved(linear.weight_name, f"{base}.{role}", f"{how}{part} in the order {base}.order")
+        )
+        if linear.bias_name is not None:
+            kept = "unchanged" if role == "down" else f"in the order {base}.order"
+            moved.append(Moved(linear.bias_name, f"{base}.{role}_bias", kept))
+    return tuple(moved)

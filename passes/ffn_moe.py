@@ -1,0 +1,155 @@
+"""ffn-moe: split each feed-forward layer into experts and route every token to a few of them.
+
+The F neurons are permuted into N blocks of equal size; block e with its rows of the up (and gate)
+projection and its columns of the down projection is expert e, and ``y = sum of live experts + bias``.
+Some experts are shared (always live). As in LLaMA-MoE (arXiv:2406.16554) and CMoE (arXiv:2502.04416),
+nothing is trained; unlike them, gate weights are exactly one, a router is a ridge regression on the log
+of what an expert contributes, one threshold per layer lets tokens take as many experts as they need, and
+the mean of what is dropped is added back.
+
+At initialization, all experts live, every neuron is summed once: REORDERED. Without calibration data the
+router scores experts by their mean gate direction, and each token takes the same number of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from sparsify.core import Pass, Refused, Rewrite, Splice, option
+from sparsify.passes._weights import packed_ffn
+from sparsify.regions import FeedForward
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsify.runtime.router import Router
+
+MOST = 64  # experts by default: finer blocks lose less, coarser ones run faster
+TOKENS = 8192  # calibration tokens kept per layer
+
+
+@dataclasses.dataclass(frozen=True)
+class FfnMoe(Pass[FeedForward]):
+    """Feed-forward layer -> mixture of experts made of its own neurons."""
+
+    experts: int = option(0, "experts per layer, shared ones included; 0 = up to 64", ge=0)
+    active: float = option(1.0, "fraction of experts that a token uses", gt=0, le=1)
+    shared: int = option(-1, "experts that every token uses; -1 = a quarter of them", ge=-1)
+    split: str = option(
+        "cluster", "how neurons are grouped", among=("cluster", "importance", "contiguous")
+    )
+    router: str = option(
+        "auto",
+        "auto = threshold if calibrated, else top-k",
+        among=("auto", "threshold", "top-k"),
+    )
+    compensate: bool = option(True, "add back the mean output of the experts a token drops")
+    seed: int = option(0, "of the clustering", ge=0)
+
+    def _experts(self, ffn: FeedForward) -> int:
+        from sparsify.passes._experts import default_experts
+
+        return self.experts or default_experts(ffn.hidden, MOST)
+
+    def _shared(self, experts: int) -> int:
+        return experts // 4 if self.shared < 0 else self.shared
+
+    def check(self, ffn: FeedForward) -> None:
+        from sparsify.passes._experts import divisors_near
+
+        experts = self._experts(ffn)
+        if experts < 2:
+            raise Refused(f"{ffn.hidden} hidden neurons are too few or do not divide into experts")
+        if ffn.hidden % experts:
+            near = divisors_near(ffn.hidden, experts)
+            raise Refused(
+                f"{ffn.hidden} hidden neurons do not divide into {experts} experts",
+                suggestion=f"experts={near[0]} ({ffn.hidden} = {near[0]} x {ffn.hidden // near[0]})"
+                if near
+                else None,
+            )
+        if self._shared(experts) >= experts:
+            raise Refused(
+                f"{self._shared(experts)} shared of {experts} experts leave none to route",
+                suggestion=f"shared={experts // 4}",
+            )
+        if self.router == "threshold" and "x" not in ffn.samples:
+            raise Refused(
+                "threshold routing needs calibration data",
+                suggestion="give calibration=..., or router=top-k",
+            )
+
+    def taps(self, region: FeedForward) -> Mapping[str, int]:
+        return {"x": TOKENS}
+
+    def rewrite(self, ffn: FeedForward) -> Rewrite:
+        from sparsify.passes._experts import group, hidden_of
+        from sparsify.runtime.ffn import RoutedFFN
+
+        experts = self._experts(ffn)
+        shared = self._shared(experts)
+        x = ffn.samples.get("x")
+        hidden = hidden_of(ffn, x) if x is not None else None
+        order = group(ffn, hidden, experts, shared, self.split, self.seed)
+        if x is not None and hidden is not None:
+            router, dropped = self._fitted(ffn, x, hidden, order, experts, shared)
+        else:
+            router, dropped = self._from_weights(ffn, order, experts, shared), None
+        module = RoutedFFN.from_dense(
+            ffn.up.weight,
+            ffn.gate.weight if ffn.gate is not None else None,
+            ffn.down.weight,
+            ffn.up.bias,
+            ffn.gate.bias if ffn.gate is not None else None,
+            ffn.down.bias,
+            order=order,
+            experts=experts,
+            activation=ffn.activation,
+            router=router,
+            dropped=dropped,
+        )
+        fitted = "calibrated" if x is not None else "from weights"
+        note = (
+            f"{experts} experts of {ffn.hidden // experts} neurons, {shared} shared, "
+            f"{router.rule} router ({fitted})"
+        )
+        return Rewrite((Splice("moe", module, ("x",), "ffn"),), packed_ffn(ffn, "moe"), note)
+
+    def _fitted(
+        self,
+        ffn: FeedForward,
+        x: Tensor,
+        hidden: Tensor,
+        order: Tensor,
+        experts: int,
+        shared: int,
+    ) -> tuple[Router, Tensor | None]:
+        """Router and compensation from calibration samples."""
+        from sparsify.passes._experts import expert_energy, mean_outputs
+        from sparsify.passes._ridge import fit_router
+        from sparsify.runtime.router import Router
+
+        energy = expert_energy(ffn, hidden, order, experts)[:, shared:]
+        weight, bias = fit_router(x, energy)
+        dtype = ffn.up.weight.dtype
+        rule = "top-k" if self.router == "top-k" else "threshold"
+        router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule)  # type: ignore[arg-type]
+        router.calibrate(x)
+        if not self.compensate:
+            return router, None
+        return router, mean_outputs(ffn, hidden, order, experts).to(dtype)
+
+    def _from_weights(self, ffn: FeedForward, order: Tensor, experts: int, shared: int) -> Router:
+        """Scores by the mean gate (or up) row of an expert, each neuron weighted by its column norm."""
+        from sparsify.runtime.router import Router
+
+        part = ffn.gate if ffn.gate is not None else ffn.up
+        norm = ffn.down.weight.norm(dim=0)[order]
+        norm = norm / norm.mean().clamp_min(1e-12)
+        rows = (part.weight[order] * norm[:, None]).view(experts, -1, ffn.width).mean(1)
+        bias = None
+        if part.bias is not None:
+            bias = (part.bias[order] * norm).view(experts, -1).mean(1)[shared:]
+        return Router(rows[shared:].clone(), bias, shared=shared, rule="top-k")

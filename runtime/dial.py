@@ -1,0 +1,121 @@
+"""The active budget as a dial: one number for the model, spread over its layers.
+
+Top-k routers keep whole units, so rounding is carried from layer to layer (error diffusion) and the
+mean over the layers meets the budget. Threshold routers whose scores are comparable (``comparable``:
+log of the relative error that a dead unit causes) share one cut, so layers that can spare more do;
+others read their own threshold for the budget.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sparsify.errors import BadInput
+from sparsify.runtime.router import Router, check_active, over_budget
+from sparsify.text_paths import match_path
+
+
+def routers(
+    model: nn.Module, at: str | None = None, pass_name: str | None = None
+) -> list[tuple[str, Router]]:
+    """(path, router) in model order; ``at`` is a glob of region paths, as in pipeline texts."""
+    found = []
+    owner: dict[str, str] = {}
+    for path, module in model.named_modules():
+        name = getattr(module, "pass_name", "") or owner.get(path.rpartition(".")[0], "")
+        owner[path] = name
+        if not isinstance(module, Router) or (pass_name is not None and name != pass_name):
+            continue
+        if at is None or any(match_path(at, prefix) for prefix in _prefixes(path)):
+            found.append((path, module))
+    return found
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
+def set_active(
+    model: nn.Module, active: float, at: str | None = None, pass_name: str | None = None
+) -> dict[str, float]:
+    """Turn the dial.
+
+    Args:
+        active: fraction of units that a token uses on average, 0 < active <= 1; 1 is the dense limit.
+        at: only routers under these paths; pass_name: only those of one pass.
+
+    Returns:
+        path -> the budget that router got.
+
+    Raises:
+        BadInput: ``active`` is out of range, or no router is selected.
+    """
+    check_active(active)
+    chosen = routers(model, at, pass_name)
+    if not chosen:
+        where = f" at '{at}'" if at else ""
+        raise BadInput(
+            f"nothing to set active on{where}", help="model.realised() lists the routers"
+        )
+    over = [(path, r) for path, r in chosen if r.clamped(active)]
+    if over:
+        warnings.warn(over_budget(active, over), stacklevel=2)
+    by_kind = itertools.groupby(
+        sorted(chosen, key=lambda item: _kind(item[1])), key=lambda item: _kind(item[1])
+    )
+    for (_, rule, comparable), group in by_kind:
+        members = [router for _, router in group]
+        if rule == "threshold" and comparable and len(members) > 1 and active < 1:
+            _share_cut(members, active)
+        elif rule == "threshold":
+            for router in members:
+                router.set_active(active, warn=False)
+        else:
+            _diffuse(members, active)
+    return {path: router.active for path, router in chosen}
+
+
+def _kind(router: Router) -> tuple[str, str, bool]:
+    return (router.pass_name, router.rule, bool(getattr(router, "comparable", False)))
+
+
+def _diffuse(members: Sequence[Router], active: float) -> None:
+    """Whole units per layer whose running sum stays within half a unit of the budget's."""
+    owed = 0.0
+    for router in members:
+        owed += router.wanted(active)
+        least = 0 if router.shared else 1
+        k = min(max(math.floor(owed + 0.5), least), router.routed)
+        owed -= k
+        router.set_active(active, k_exact=k, warn=False)
+
+
+def _share_cut(members: Sequence[Router], active: float) -> None:
+    """One threshold for all: found by bisection on the calibrated score distributions."""
+    units = sum(router.units for router in members)
+
+    def live(router: Router, cut: float) -> float:
+        """Expected live units, shared ones included."""
+        table = router.quantiles
+        assert table is not None  # a comparable router is calibrated
+        below = float(torch.searchsorted(table, torch.tensor(cut, dtype=table.dtype)))
+        return router.shared + router.routed * (1 - below / table.numel())
+
+    low = min(float(r.quantiles[0]) for r in members if r.quantiles is not None) - 1
+    high = max(float(r.quantiles[-1]) for r in members if r.quantiles is not None) + 1
+    for _ in range(60):
+        cut = (low + high) / 2
+        if sum(live(router, cut) for router in members) > active * units:
+            low = cut
+        else:
+            high = cut
+    for router in members:
+        share = live(router, high) / router.units
+        router.set_active(min(max(share, 1e-6), 1.0), warn=False)

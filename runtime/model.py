@@ -1,0 +1,301 @@
+"""SparseModel: a captured, rewritten graph that is called like the model it came from.
+
+Its modules, parameters and buffers are the graph's own, so state-dict names are the dense model's
+for every weight that no pass touched. The graph module itself is not registered: its dicts are.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify.errors import BadInput, NotCaptured, did_you_mean
+from sparsify.runtime.calling import CallSpec, CausalCall
+from sparsify.runtime.graph import clone, placement
+from sparsify.runtime.precision import move
+from sparsify.runtime.trees import record
+
+# Arguments of transformers' causal models that ask for what the graph does not compute.
+_UNCAPTURED = {
+    "inputs_embeds": "the graph starts from token ids",
+    "output_attentions": "routed attention never forms the whole attention matrix",
+    "output_hidden_states": "the graph returns logits only",
+    "encoder_hidden_states": "the graph has no cross-attention inputs",
+    "encoder_attention_mask": "the graph has no cross-attention inputs",
+    "token_type_ids": "the graph was captured without token types",
+    "head_mask": "the graph was captured without a head mask",
+}
+# Bookkeeping that follows from the other arguments, or changes nothing in the result.
+_IGNORED = {"cache_position", "return_dict", "use_cache", "logits_to_keep", "labels"}
+_SHARED_DICTS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+class SparseModel(nn.Module):
+    """A sparse model: forward, training, a dial for how much is active, generation, saving.
+
+    Args:
+        graph: flat placeholders, flat tuple output (``sparsify.capture``), after any rewrites.
+        call: how a caller's arguments become the graph's inputs.
+        pipeline: canonical text of the passes that made it.
+        report: the compile report: plain data, or an object with ``to_dict()``.
+        example, golden: flat inputs and the dense model's outputs on them.
+        borrowed: the parameters are also another model's; ``.to()`` then gives this model its own.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        call: CallSpec,
+        *,
+        pipeline: str = "",
+        report: Any = None,
+        example: Sequence[Tensor] = (),
+        golden: Sequence[Tensor] = (),
+        borrowed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.call_spec = call
+        self.pipeline = pipeline
+        self.report = report
+        self.example = tuple(example)
+        self.golden = tuple(golden)
+        self.tokenizer: Any = None
+        self._borrowed = borrowed
+        self._adopt(graph)
+        self.eval()
+
+    @classmethod
+    def of(cls, captured: Any, *, tokenizer: Any = None) -> SparseModel:
+        """The model of a ``sparsify.capture.Capture``, after any rewrites of its graph.
+
+        Models from transformers get their class back with ``sparsify.hf.wrap``.
+        """
+        made = cls(
+            captured.graph,
+            captured.call,
+            example=captured.example,
+            golden=captured.golden,
+            borrowed=captured.shared,
+        )
+        made.tokenizer = tokenizer
+        return made
+
+    def _adopt(self, graph: fx.GraphModule) -> None:
+        # Past nn.Module.__setattr__, which would register the graph as a child, doubling all names.
+        self.__dict__["_graph"] = graph
+        for name in _SHARED_DICTS:
+            self.__dict__[name] = graph.__dict__[name]
+
+    # -- calling
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the dense model's forward; NotCaptured where the graph does not cover the call."""
+        if isinstance(self.call_spec, CausalCall):
+            return self._forward_causal(*args, **kwargs)
+        flat = self.call_spec.flatten(args, kwargs)
+        return self.call_spec.unflatten(self.graph.forward(*flat))
+
+    def _forward_causal(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Sequence[tuple[Tensor, Tensor]] | None = None,
+        *,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **others: Any,
+    ) -> Any:
+        """Logits, the grown cache as (key, value) pairs, and the loss where labels are given."""
+        assert isinstance(self.call_spec, CausalCall)
+        self.refuse(others)
+        if input_ids is None:
+            raise NotCaptured("input_ids are missing", why="the graph starts from token ids")
+        logits, cache = self.run_causal(input_ids, attention_mask, position_ids, past_key_values)
+        loss = None if labels is None else next_token_loss(logits, labels)
+        logits = keep_logits(logits, logits_to_keep)
+        keep = use_cache is not False and bool(cache)
+        items = {"loss": loss, "logits": logits, "past_key_values": cache if keep else None}
+        return record("", **items)
+
+    def run_causal(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Logits (B, T, V) and the grown cache, from tensors alone."""
+        assert isinstance(self.call_spec, CausalCall)
+        flat = self.call_spec.inputs(
+            input_ids, attention_mask, position_ids, past, dtype=self.dtype
+        )
+        return self.call_spec.unflatten(self.graph.forward(*flat))
+
+    def refuse(self, others: Mapping[str, Any]) -> None:
+        """Raise NotCaptured for the first argument that the graph cannot honour."""
+        for name, value in others.items():
+            if name in _IGNORED or value is None or value is False:
+                continue
+            if name in _UNCAPTURED:
+                raise NotCaptured(f"'{name}' is not available", why=_UNCAPTURED[name])
+            known = ["input_ids", "attention_mask", "position_ids", "past_key_values", *_IGNORED]
+            raise NotCaptured(
+                f"the sparse model has no argument '{name}'",
+                help=did_you_mean(name, known) or f"arguments: {', '.join(sorted(known))}",
+            )
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Greedy or sampled continuation; see :func:`sparsify.runtime.generate.generate`."""
+        from sparsify.runtime.generate import generate
+
+        return generate(self, input_ids, **options)
+
+    # -- the graph and the dial
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The graph that runs: the source of truth for reports, kernels and export."""
+        module: fx.GraphModule = self.__dict__["_graph"]
+        return module
+
+    @property
+    def kind(self) -> str:
+        """``causal-lm`` or ``module``."""
+        return self.call_spec.kind
+
+    def set_active(self, active: float, at: str | None = None) -> SparseModel:
+        """Set the active budget (fraction of units per token), everywhere or at matching paths."""
+        from sparsify.runtime.dial import set_active
+
+        set_active(self, active, at=at)
+        return self
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Router path -> its budget."""
+        from sparsify.runtime.router import Router
+
+        return {p: float(m.active) for p, m in self.named_modules() if isinstance(m, Router)}
+
+    def realised(self) -> dict[str, float]:
+        """Routed module path -> fraction of units that were live since the last reset."""
+        from sparsify.runtime.counters import realised
+
+        return realised(self)
+
+    def reset_counters(self) -> None:
+        """Start counting work anew."""
+        from sparsify.runtime.counters import reset
+
+        reset(self)
+
+    # -- a torch module like any other
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of most parameters."""
+        return placement(self)[0] or torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return placement(self)[1] or torch.device("cpu")
+
+    def num_parameters(self, only_trainable: bool = False, **_: Any) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModel:
+        if self._borrowed and self._moves(fn):
+            self._own_parameters()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        dtype, device = placement(self)
+        move(self.graph, dtype, device, self.example)
+        return self
+
+    def _moves(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Whether ``fn`` changes dtype or device; a no-op must not replace parameters."""
+        for parameter in self.parameters():
+            probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            moved = fn(probe)
+            if moved.dtype != probe.dtype or moved.device != probe.device:
+                return True
+        return False
+
+    def _own_parameters(self) -> None:
+        """New Parameter objects over the same storage: moving them leaves the other model alone."""
+        made: dict[int, nn.Parameter] = {}
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    twin = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                    made[id(parameter)] = twin
+                module._parameters[name] = made[id(parameter)]
+        self._borrowed = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseModel:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        graph = clone(self.graph, memo)
+        for name, value in self.__dict__.items():
+            if name not in (*_SHARED_DICTS, "_graph"):
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+        twin.__dict__["_borrowed"] = False
+        twin._adopt(graph)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise BadInput(
+            "a sparse model cannot be pickled",
+            why="pickles run code when they are read",
+            help="model.save('folder') and sparsify.load('folder'), or model.state_dict()",
+        )
+
+    def __repr__(self) -> str:
+        routed = sum(1 for _ in _routed(self))
+        return (
+            f"{type(self).__name__}({self.call_spec.model}, {self.num_parameters():,} parameters, "
+            f"{routed} routed modules, pipeline='{self.pipeline}')"
+        )
+
+    # -- saving
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the model to a folder; OutputError where it exists (without ``force``)."""
+        from sparsify.runtime.checkpoint import save_folder
+
+        save_folder(self, path, force=force)
+
+    def write_extras(self, folder: str) -> dict[str, Any]:
+        """Hook for shells: further files for ``folder``; returns entries of the manifest."""
+        return {}
+
+
+def _routed(model: nn.Module) -> Iterator[nn.Module]:
+    from sparsify.runtime.spec import RoutedModule
+
+    return (m for m in model.modules() if isinstance(m, RoutedModule))
+
+
+def keep_logits(logits: Tensor, keep: int | Tensor) -> Tensor:
+    """The last ``keep`` positions (0 = all), or the positions that a tensor names."""
+    if isinstance(keep, Tensor):
+        return logits[:, keep]
+    return logits[:, -keep:] if keep else logits
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of each token given the ones before; label -100 does not count."""
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    return nn.functional.cross_entropy(
+        logits.float().reshape(-1, logits.shape[-1]), shifted.reshape(-1), ignore_index=-100
+    )

@@ -1,0 +1,196 @@
+"""Verbs that look at and rewrite models: inspect, compile, diff, verify, bisect, reproduce."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsify.cli import bug, checks, graphs, show
+from sparsify.cli.app import (
+    DTYPES,
+    CalibrationOption,
+    DtypeOption,
+    JsonFlag,
+    ModelArgument,
+    PipelineOption,
+    QuietFlag,
+    SavedArgument,
+    SeedOption,
+    app,
+)
+from sparsify.cli.progress import bars
+from sparsify.errors import BadInput, NothingRewritten
+
+
+@app.command()
+def inspect(model: ModelArgument, json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+    """Show what the matcher finds in MODEL.
+
+    Lists its regions, what could apply to them, and the near misses; changes nothing.
+    """
+    checks.model(model)
+    from sparsify import api
+
+    with bars(quiet=quiet) as progress:
+        found = api.inspect(model, progress=progress)
+    print(show.as_json(found.to_dict()) if json else found.text(width=show.width()))
+
+
+@app.command()
+def compile(  # noqa: A001  (the verb's name)
+    model: ModelArgument,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", show_default=False),
+    ],
+    pipeline: PipelineOption = None,
+    calibration: CalibrationOption = None,
+    active: Annotated[
+        float | None,
+        typer.Option(metavar="A", help="Active budget to start with, 0 < A <= 1."),
+    ] = None,
+    verify: Annotated[
+        str, typer.Option(metavar="WHEN", help="Check claims: each | end | off.")
+    ] = "each",
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the report as JSON; - prints it."),
+    ] = None,
+    print_after: Annotated[
+        str | None,
+        typer.Option(metavar="WHEN", help="Print the graph after passes: change | all."),
+    ] = None,
+    emit_graph: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the graph after every pass to DIR."),
+    ] = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Rewrite MODEL and save it to OUT.
+
+    Runs the passes of the pipeline, checks every claim, and prints the report.
+    """
+    checks.pipeline(pipeline)
+    checks.fraction("--active", active)
+    checks.among("--verify", verify, ("each", "end", "off"))
+    checks.among("--dtype", dtype, DTYPES)
+    checks.among("--print-after", print_after, ("change", "all"))
+    checks.text_file("--calibration", calibration)
+    checks.output_folder(output, force=force)
+    checks.output_file("--json", json, force=force)
+    checks.graph_folder("--emit-graph", emit_graph, force=force)
+    checks.model(model)
+    from sparsify import api
+
+    with bars(quiet=quiet) as progress:
+        sparse = api.compile(
+            model,
+            pipeline,
+            calibration=calibration,
+            active=active,
+            verify=verify,
+            seed=seed,
+            dtype=dtype,
+            progress=progress,
+            on_step=graphs.watcher(print_after, emit_graph),
+        )
+        report: Any = sparse.report
+        refuse_unchanged(report)
+        sparse.save(output, force=force)
+    if json is not None:
+        show.emit(show.as_json(report.to_dict()), json)
+    if str(json) != "-":
+        print(report.text(width=show.width()))
+        print(f"saved {output}")
+
+
+def refuse_unchanged(report: Any) -> None:
+    """Raise NothingRewritten, with the first reasons, where no pass rewrote any region."""
+    if any(step.count("applied") for step in report.steps):
+        return
+    left = [r for step in report.steps for r in step.remarks if r.kind == "left"]
+    first = left[0]
+    others = len(left) - 1
+    raise NothingRewritten(
+        f"{first.pass_name} cannot rewrite {first.region}"
+        + (f", nor can any pass {others} other region{'s' * (others > 1)}" if others else ""),
+        why=first.reason,
+        where=f"--> {first.where}" if first.where else None,
+        help=first.suggestion,
+    )
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A saved model or a report's JSON.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
+    json: JsonFlag = False,
+) -> None:
+    """Put two models or reports side by side."""
+    from sparsify import api
+
+    found = api.diff(a, b)
+    print(show.as_json(found.to_dict()) if json else found.text(width=show.width()))
+
+
+@app.command()
+def verify(saved: SavedArgument, json: JsonFlag = False) -> int:
+    """Check the claims of a saved model."""
+    checks.saved(saved)
+    from sparsify import api
+
+    found = api.verify(saved)
+    print(show.as_json(found.to_dict()) if json else found.text(width=show.width()))
+    return 0 if found.ok else 1
+
+
+@app.command()
+def bisect(
+    model: ModelArgument,
+    pipeline: PipelineOption = None,
+    calibration: CalibrationOption = None,
+    seed: SeedOption = 0,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> int:
+    """Find the region that breaks a claim."""
+    if pipeline is None:
+        raise BadInput("bisect needs a pipeline", help="-p 'ffn-moe{experts=8}'")
+    checks.pipeline(pipeline)
+    checks.text_file("--calibration", calibration)
+    checks.model(model)
+    from sparsify import api
+
+    with bars(quiet=quiet) as progress:
+        found = api.bisect(model, pipeline, calibration=calibration, seed=seed, progress=progress)
+    print(show.as_json(found.to_dict()) if json else found.text(width=show.width()))
+    return 0 if found.ok else 1
+
+
+@app.command()
+def reproduce(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that an error named.")],
+    json: JsonFlag = False,
+) -> int:
+    """Run what an error kept in DIR again."""
+    if not folder.is_dir():
+        raise BadInput(f"no folder {folder}", help="DIR is what the error message named")
+    command = bug.recorded(folder)
+    if command is not None:
+        args, where = command
+        if where.is_dir():
+            os.chdir(where)
+        from sparsify.cli.entry import main
+
+        return main(args)
+    from sparsify import api
+
+    found = api.reproduce(folder)
+    print(show.as_json(found.to_dict()) if json else found.text(width=show.width()))
+    return 0 if found.ok else 1

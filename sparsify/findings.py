@@ -1,0 +1,162 @@
+"""What the verbs return besides a model: plain data with ``text(width)`` and ``to_dict()``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sparsify.core import Remark
+from sparsify.report import Evidence
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionRow:
+    """One region as ``inspect`` shows it."""
+
+    path: str
+    kind: str
+    facts: dict[str, Any]
+    where: str
+    block: int | None
+    applies: tuple[str, ...]
+    refused: tuple[Remark, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What the matcher found in a model; nothing was changed."""
+
+    model: str
+    kind: str
+    nodes: int
+    parameters: int
+    regions: tuple[RegionRow, ...]
+    near_misses: tuple[Remark, ...]
+    blocks: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"format": "sparsify-inspection", "format_version": 1, **dataclasses.asdict(self)}
+
+    def text(self, width: int = 100) -> str:
+        """Regions of one shape share a line; near misses say which role failed and where."""
+        from sparsify.report_groups import collapse
+
+        lines = [
+            f"{self.model}: {self.kind}, {self.nodes} operations, {self.parameters:,} parameters",
+            "",
+        ]
+        groups: dict[tuple[Any, ...], list[RegionRow]] = {}
+        for row in self.regions:
+            shape = (row.kind, tuple(sorted((k, str(v)) for k, v in row.facts.items())), row.applies,
+                     tuple(r.reason for r in row.refused))
+            groups.setdefault(shape, []).append(row)
+        for rows in groups.values():
+            first = rows[0]
+            paths = ", ".join(collapse(r.path for r in rows))
+            lines.append(f"{first.kind:<12} {len(rows):>3} x  {paths}")
+            facts = ", ".join(f"{k}={v}" for k, v in first.facts.items() if v not in (False, "?"))
+            lines.append(f"{'':18}{facts}")
+            if first.where:
+                lines.append(f"{'':18}--> {first.where}")
+            lines.append(f"{'':18}applies: {', '.join(first.applies) or 'nothing'}")
+            for remark in first.refused:
+                lines.append(f"{'':18}{remark.pass_name} refuses: {remark.reason}")
+                if remark.suggestion:
+                    lines.append(f"{'':18}  help: {remark.suggestion}")
+        if not self.regions:
+            lines.append("no attention and no feed-forward region was found")
+        if self.blocks:
+            lines.append("")
+            for block in self.blocks:
+                lines.append(f"repeated block  {block['count']} x  {block['path']}")
+        if self.near_misses:
+            lines += ["", "near misses"]
+            for miss in self.near_misses:
+                lines.append(f"  {miss.region_kind} at {miss.region}: {miss.reason}")
+                if miss.where:
+                    lines.append(f"    --> {miss.where}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(line[: max(width, 40)] if width else line for line in lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """Claims of a saved model, checked again."""
+
+    model: str
+    evidence: tuple[Evidence, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all held."""
+        return all(e.ok for e in self.evidence)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "format": "sparsify-verification", "format_version": 1, "ok": self.ok,
+            **dataclasses.asdict(self),
+        }  # fmt: skip
+
+    def text(self, width: int = 100) -> str:
+        """One line per check."""
+        lines = [f"{self.model}"]
+        for e in self.evidence:
+            mark = "ok    " if e.ok else "FAILED"
+            lines.append(
+                f"  {mark} {e.region or 'end to end'}: {e.claim} {e.dtype}, error {e.error:.2e}, "
+                f"tolerance {e.tolerance:.2e} (output scale {e.scale:.3g})"
+            )
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bisection:
+    """Where a pipeline first breaks a claim."""
+
+    pipeline: str
+    pass_name: str | None
+    region: str | None
+    evidence: Evidence | None
+    runs: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found broken."""
+        return self.pass_name is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "format": "sparsify-bisection", "format_version": 1, "ok": self.ok,
+            **dataclasses.asdict(self),
+        }  # fmt: skip
+
+    def text(self, width: int = 100) -> str:
+        """The culprit in two lines."""
+        if self.pass_name is None or self.evidence is None:
+            return f"every claim of '{self.pipeline}' holds ({self.runs} runs)"
+        e = self.evidence
+        return (
+            f"{self.pass_name} breaks its claim at {self.region} ({self.runs} runs)\n"
+            f"  {e.claim} {e.dtype}: error {e.error:.3g}, tolerance {e.tolerance:.3g}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A prompt's continuation."""
+
+    prompt: str
+    text: str
+    tokens: int
+    active: float
+    seconds: float
+    realised: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"format": "sparsify-generation", "format_version": 1, **dataclasses.asdict(self)}

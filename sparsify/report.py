@@ -1,0 +1,296 @@
+"""The report: what was changed, what it costs, what proves it, and what it does to quality.
+
+Plain frozen data. The pipeline fills it; terminal, HTML, JSON and golden text are views of it, so
+no view knows more than another. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+from sparsify.core import Moved, Remark
+
+FORMAT = "sparsify-report"
+FORMAT_VERSION = 1
+
+Scope = Literal["region", "end-to-end"]
+Who = Literal["dense", "routed", "static pruning"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """Size and cost of one model (or of the model between two passes).
+
+    Attributes:
+        nodes: nodes of the graph.
+        parameters: numbers in all weights; parameter_bytes: their bytes.
+        flops_per_token: two per multiply-add, matmuls only, at the active budget.
+        bytes_per_token: weight bytes read when one token is decoded alone, at the active budget.
+        by_kind: FLOPs per token by region kind (``FeedForward``, ``Attention``, ``other``).
+    """
+
+    nodes: int
+    parameters: int
+    parameter_bytes: int
+    flops_per_token: float
+    bytes_per_token: float
+    by_kind: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """One check of a claim at the dense limit.
+
+    Attributes:
+        scope: one ``region`` on dense activations, or the whole model ``end-to-end``.
+        region: its path; empty end to end.
+        claim: the claim's text, e.g. ``REORDERED``.
+        dtype: that the comparison ran in.
+        error: largest absolute difference; scale: largest absolute expected value.
+        tolerance: largest error that the claim allows (infinite for APPROXIMATE).
+        ok: whether the claim held.
+    """
+
+    scope: Scope
+    region: str
+    claim: str
+    dtype: str
+    error: float
+    scale: float
+    tolerance: float
+    ok: bool
+
+    @property
+    def used(self) -> float:
+        """Error as a fraction of the tolerance; 0 where both are 0."""
+        if self.tolerance == 0:
+            return 0.0 if self.error == 0 else float("inf")
+        return self.error / self.tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one pass of the pipeline did.
+
+    ``options`` is the canonical text of the stage; ``before`` and ``after`` are the model's facts
+    around it, ``after`` at the pass's own active budget.
+    """
+
+    pass_name: str
+    options: str
+    claim: str
+    remarks: tuple[Remark, ...]
+    nodes_before: int
+    nodes_after: int
+    parameters_before: int
+    parameters_after: int
+    before: ModelFacts | None = None
+    after: ModelFacts | None = None
+    weights: tuple[Moved, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
+    seconds: float = 0.0
+
+    def count(self, kind: str) -> int:
+        """How many remarks are of ``kind`` (applied, left, near-miss)."""
+        return sum(remark.kind == kind for remark in self.remarks)
+
+    @property
+    def worst(self) -> Evidence | None:
+        """The check that came closest to its tolerance, or broke it by most."""
+        return max(self.evidence, key=lambda e: (not e.ok, e.used), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityRow:
+    """Quality of one model at one budget.
+
+    Attributes:
+        model: ``dense``, ``routed`` or ``static pruning`` (the honest baseline).
+        active: the budget that was asked for; realised: the fraction that really ran.
+        perplexity: on the text; ratio: to the dense model's.
+        kl: mean KL divergence of next-token distributions from the dense model's, in nats.
+        top1: how often the most likely next token is the dense model's.
+        note: how it was made, e.g. ``energy, mean compensated``.
+    """
+
+    model: Who
+    active: float
+    realised: float | None
+    perplexity: float
+    ratio: float
+    kl: float | None = None
+    top1: float | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """Quality rows measured on one text of ``tokens`` tokens."""
+
+    text: str
+    tokens: int
+    rows: tuple[QualityRow, ...]
+
+    def row(self, model: Who, active: float | None = None) -> QualityRow | None:
+        """The row of ``model`` at ``active`` (any budget if None)."""
+        for row in self.rows:
+            if row.model == model and (active is None or abs(row.active - active) < 1e-6):
+                return row
+        return None
+
+    def verdicts(self) -> tuple[str, ...]:
+        """One sentence per budget: does routing beat static pruning at the same budget?"""
+        found = []
+        for row in self.rows:
+            if row.model != "routed" or row.active >= 1:
+                continue
+            at = f"At {row.active:.0%} active"
+            static = self.row("static pruning", row.active)
+            if static is None:
+                found.append(f"{at}, static pruning was not measured: no baseline to compare with.")
+            elif static.perplexity <= row.perplexity:
+                found.append(
+                    f"{at}, static pruning is at least as good as this routed model (perplexity "
+                    f"{number(static.perplexity)} against {number(row.perplexity)}): do not use "
+                    "this recipe at this budget."
+                )
+            else:
+                found.append(
+                    f"{at}, the routed model is better than static pruning (perplexity "
+                    f"{number(row.perplexity)} against {number(static.perplexity)})."
+                )
+        return tuple(found)
+
+    def render(self, width: int = 100, *, stable: bool = False) -> str:
+        """The table and the verdicts as plain text."""
+        from sparsify.report_text import render_quality
+
+        return render_quality(self, width=width, stable=stable)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the verdicts."""
+        from sparsify.report_json import encode
+
+        return {**encode(self), "verdicts": list(self.verdicts())}
+
+    @property
+    def static_wins(self) -> bool:
+        """Whether static pruning is at least as good at some budget: a bug in the recipe."""
+        return any("do not use" in verdict for verdict in self.verdicts())
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything a reader may want to know about one compilation.
+
+    Attributes:
+        version: of sparsify.
+        model: as the user named it.
+        pipeline: its canonical text.
+        active: the model-wide budget, or None where passes set their own.
+        dtype: of the weights.
+        seconds: stage (capture, match, calibrate, pass names) -> wall time.
+        machine: processor, versions: what timings depend on.
+        dense, sparse: the model before and after all passes.
+        steps: one per pass, in order.
+        near_misses: candidates that the matcher did not take.
+        end_to_end: the check of the whole model.
+        quality: if it was measured.
+        context: keys per token that attention's cost counts.
+        calibration: the text that routers were fitted on, or None.
+        notes: warnings and fallbacks; never empty where something was done differently than asked.
+    """
+
+    version: str
+    model: str
+    pipeline: str
+    active: float | None
+    dtype: str
+    seconds: dict[str, float]
+    machine: dict[str, Any]
+    dense: ModelFacts
+    sparse: ModelFacts
+    steps: tuple[Step, ...]
+    near_misses: tuple[Remark, ...] = ()
+    end_to_end: Evidence | None = None
+    quality: Quality | None = None
+    context: int = 512
+    calibration: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every claim that was checked held."""
+        checks = [e for step in self.steps for e in step.evidence]
+        return all(e.ok for e in (*checks, *((self.end_to_end,) if self.end_to_end else ())))
+
+    # -- views
+
+    def text(self, width: int = 100, *, stable: bool = False) -> str:
+        """Plain text for ``width`` columns; ``stable`` leaves out times, machine and noise."""
+        from sparsify.report_text import render
+
+        return render(self, width=width, stable=stable)
+
+    def golden(self) -> str:
+        """The stable text that golden files hold."""
+        return self.text(100, stable=True)
+
+    def print(self, console: Any = None) -> None:
+        """Show it on a terminal, in colour where the terminal has it (``NO_COLOR`` is heeded)."""
+        from sparsify.report_text import show
+
+        show(self, console)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, by ``report.schema.json``."""
+        from sparsify.report_json import encode
+
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **encode(self)}
+
+    def to_json(self) -> str:
+        """Strict JSON text with a final newline."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Report:
+        """The report in ``value``.
+
+        Raises:
+            BadInput: it is no report, or of a version that this sparsify does not know.
+        """
+        from sparsify.report_json import report_from
+
+        return report_from(value)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that :meth:`to_json` wrote; raises BadInput."""
+        from sparsify.report_json import parse
+
+        return cls.from_dict(parse(text))
+
+    @staticmethod
+    def diff(a: Report, b: Report) -> Any:
+        """Two reports side by side: a :class:`sparsify.report_diff.ReportDiff`."""
+        from sparsify.report_diff import diff
+
+        return diff(a, b)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """``value`` to ``digits`` significant digits, readable: 12.5, 4,711, 1.08 M, 1.2e-07."""
+    if value != value or abs(value) == float("inf"):
+        return str(value)
+    value = float(f"{value:.{digits}g}")
+    size = abs(value)
+    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if size >= limit:
+            return f"{value / limit:.{digits}g} {letter}"
+    if size >= 10**digits:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"

@@ -1,0 +1,64 @@
+"""Golden texts: ``golden("cli/env.txt", text)`` compares, ``pytest --accept`` writes.
+
+Works under xdist: the option reaches the workers, and every test writes its own files under a
+temporary name first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+_SHOWN = 80  # lines of a diff
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--accept", action="store_true", help="write golden texts instead of comparing with them"
+    )
+
+
+@pytest.fixture
+def accept(request: pytest.FixtureRequest) -> bool:
+    """Whether this run writes golden texts."""
+    return bool(request.config.getoption("--accept"))
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest, accept: bool) -> Callable[[str, str], None]:
+    """``golden(path, text)``: the text has to be that of ``golden/<path>``."""
+
+    def check(path: str, text: str) -> None:
+        compare(GOLDEN / path, text, accept=accept, test=request.node.nodeid)
+
+    return check
+
+
+def compare(file: Path, text: str, *, accept: bool, test: str) -> None:
+    """Compare ``text`` with ``file``, or write it there; a mismatch fails with a unified diff."""
+    text = text.rstrip("\n") + "\n"
+    expected = file.read_text(encoding="utf-8") if file.exists() else None
+    if text == expected:
+        return
+    if accept:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+        return
+    name = f"golden/{file.relative_to(GOLDEN)}" if file.is_relative_to(GOLDEN) else file.name
+    how = f"to accept:  python -m pytest --accept '{test}'"
+    if expected is None:
+        pytest.fail(f"{name} does not exist\n{how}\n\n{text}", pytrace=False)
+    lines = list(
+        difflib.unified_diff(
+            expected.splitlines(), text.splitlines(), f"{name} (expected)", "found", lineterm=""
+        )
+    )
+    more = [f"... and {len(lines) - _SHOWN} more lines"] if len(lines) > _SHOWN else []
+    pytest.fail("\n".join([f"{name} differs", *lines[:_SHOWN], *more, how]), pytrace=False)
