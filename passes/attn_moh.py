@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sparsify.core import Moved, Pass, Refused, Rewrite, Splice, option
+from sparsify.core import Pass, Refused, Rewrite, Splice, option
 from sparsify.regions import Attention
 
 if TYPE_CHECKING:
@@ -62,12 +62,62 @@ class AttnMoh(Pass[Attention]):
         return {"x": TOKENS, "context": TOKENS}
 
     def rewrite(self, attention: Attention) -> Rewrite:
+        from sparsify.passes._weights import packed_attention
         from sparsify.runtime.attend import RoutedAttend
-        from sparsify.runtime.heads import HeadOrder, RoutedColumns, RoutedRows
+        from sparsify.runtime.heads import RoutedColumns, RoutedRows
 
-        router, order, dropped = self._router(attention)
-        del HeadOrder
-        raise NotImplementedError
+        router, dropped = self._router(attention)
+        attend = RoutedAttend(
+            attention.score,
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
+            value_dim=attention.value_dim,
+            causal=attention.causal,
+        )
+        output = RoutedColumns.from_dense(
+            attention.output.weight, attention.output.bias, attention.output_columns, dropped
+        )
+        splices = [Splice("router", router, ("x",))]
+        if attention.query_rows is not None:
+            query = RoutedRows.from_dense(
+                attention.projection.weight, attention.projection.bias, attention.query_rows
+            )
+            splices.append(Splice("query", query, ("x", "router"), "query"))
+        operands = ("q", "k", "v", "router", *attention.score_operands)
+        splices.append(Splice("attend", attend, operands, "attend"))
+        splices.append(Splice("output", output, ("context", "router"), "output"))
+        fitted = "calibrated" if attention.samples else "from weights"
+        shared = self._shared(attention)
+        note = f"{attention.heads} heads"
+        if attention.kv_heads != attention.heads:
+            note += f" in {attention.kv_heads} groups"
+        note += f", {shared} shared, {router.rule} router ({fitted})"
+        if attention.query_rows is None:
+            note += "; query projection stays dense (its rows cannot be told apart by head)"
+        return Rewrite(tuple(splices), packed_attention(attention), note)
 
-    def _router(self, attention: Attention) -> tuple[Router, Tensor, Tensor | None]:
-        raise NotImplementedError
+    def _router(self, attention: Attention) -> tuple[Router, Tensor | None]:
+        """The router, shared heads first, and the mean output of each head where calibrated."""
+        import torch
+
+        from sparsify.passes._heads import head_energy, head_means, head_scores
+        from sparsify.passes._ridge import fit_router
+        from sparsify.runtime.router import Router
+
+        shared = self._shared(attention)
+        energy = head_energy(attention)
+        order = energy.mean(0).argsort(descending=True, stable=True)
+        order = torch.cat([order[:shared].sort().values, order[shared:].sort().values])
+        dtype = attention.query.weight.dtype
+        routed = order[shared:]
+        if not attention.samples:
+            weight = head_scores(attention)[routed].to(dtype)
+            return Router(weight, shared=shared, rule="top-k", order=order), None
+        x = attention.samples["x"]
+        weight, bias = fit_router(x, energy[:, routed])
+        rule = "top-k" if self.router == "top-k" else "threshold"
+        router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule, order=order)  # type: ignore[arg-type]
+        router.calibrate(x)
+        dropped = head_means(attention).to(dtype) if self.compensate else None
+        return router, dropped

@@ -9,12 +9,15 @@ itself names (an ``arange(device=cpu)``, a cast to the model's dtype) when the m
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from sparsify.runtime.program import Program
 
 from sparsify.errors import BadCheckpoint
 from sparsify.runtime.codec import decode, encode, op_name, resolve
@@ -105,6 +108,11 @@ def retarget(
         if tuple(args) != node.args or kwargs != node.kwargs:
             node.args, node.kwargs = tuple(args), kwargs
             changed = True
+    wide = dtype == torch.float64 and captured != torch.float64
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Program) and dtype is not None and value.wide != wide:
+                setattr(part, name, dataclasses.replace(value, wide=wide))
     if changed:
         module.recompile()
 

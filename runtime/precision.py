@@ -1,9 +1,9 @@
 """Moving a graph to another dtype or device, keeping the upcasts that its model meant.
 
 A model captured in float32 has casts that do nothing there ("normalise in float32", "back to the
-input's dtype"); capture takes them out and marks the inputs they sat on. In a narrower dtype they do
-matter, and a cast is either *up* or *down*: applied to a narrow value it is up, to a wide one down.
-Which of the few consistent readings a model follows is found by running its example.
+input's dtype"); capture takes them out and marks the inputs they sat on. In a narrower dtype they
+do matter, and a cast is either *up* or *down*: applied to a narrow value it is up, to a wide one
+down. Which of the few consistent readings a model follows is found by running its example.
 """
 
 from __future__ import annotations
@@ -163,9 +163,7 @@ class _Run:
         for (node, source), dtype in self.casts.items():
             if (source, dtype) not in made:
                 with self.module.graph.inserting_before(node):
-                    cast = self.module.graph.call_function(
-                        torch.ops.aten.to.dtype, (source, dtype)
-                    )
+                    cast = self.module.graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
                 cast.meta = {INSERTED: True, "nn_module_stack": node.meta.get("nn_module_stack")}
                 made[source, dtype] = cast
             node.replace_input_with(source, made[source, dtype])

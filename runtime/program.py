@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.errors import BadCheckpoint
@@ -38,13 +39,15 @@ class Step:
 class Program:
     """``steps`` applied to ``inputs``; the value called ``output`` is the result.
 
-    ``program(*tensors)`` runs it. Raises BadCheckpoint for an unknown operation, a name used before
-    it is defined, or a name defined twice.
+    ``program(*tensors)`` runs it. With ``wide``, every floating dtype it names is float64 (a model
+    captured in float32 and moved to float64: ``sparsify.runtime.graph.retarget``). Raises
+    BadCheckpoint for an unknown operation, a name used before it is defined, or a name defined twice.
     """
 
     inputs: tuple[str, ...]
     steps: tuple[Step, ...]
     output: str
+    wide: bool = False
 
     def __post_init__(self) -> None:
         known = set(self.inputs)
@@ -70,8 +73,9 @@ class Program:
     def __call__(self, *tensors: Tensor) -> Tensor:
         if len(tensors) != len(self.inputs):
             raise TypeError(f"program of {self.inputs} called with {len(tensors)} values")
+        plan = self._wide_plan if self.wide else self._plan
         values: list[Any] = list(tensors)
-        for run in self._plan:
+        for run in plan:
             values.append(run(values))
         result: Tensor = values[self._index[self.output]]
         return result
@@ -83,6 +87,11 @@ class Program:
     @functools.cached_property
     def _plan(self) -> list[Callable[[list[Any]], Any]]:
         return [_bind(step, self._index) for step in self.steps]
+
+    @functools.cached_property
+    def _wide_plan(self) -> list[Callable[[list[Any]], Any]]:
+        """In float64, an upcast to float32 that the model names would lose bits."""
+        return [_bind(_widened(step), self._index) for step in self.steps]
 
     def __getstate__(self) -> dict[str, Any]:
         # The caches hold closures; copies and pickles build their own.
@@ -97,6 +106,7 @@ class Program:
                 for s in self.steps
             ],
             "output": self.output,
+            "wide": self.wide,
         }
 
     @staticmethod
@@ -107,7 +117,7 @@ class Program:
                 Step(name, op, decode(args, Ref), decode(kwargs, Ref))
                 for name, op, args, kwargs in obj["steps"]
             )
-            return Program(tuple(obj["inputs"]), steps, obj["output"])
+            return Program(tuple(obj["inputs"]), steps, obj["output"], obj.get("wide", False))
         except (KeyError, TypeError, ValueError) as error:
             raise BadCheckpoint(
                 "a program cannot be read", why=f"{type(error).__name__}: {error}"
@@ -134,6 +144,20 @@ def _bind(step: Step, index: Mapping[str, int]) -> Callable[[list[Any]], Any]:
         return op(*filled, **kwargs)
 
     return run
+
+
+def _widened(step: Step) -> Step:
+    """``step`` with float64 for every floating dtype that it names; itself where it names none."""
+
+    def wide(value: Any) -> Any:
+        floating = isinstance(value, torch.dtype) and value.is_floating_point
+        return torch.float64 if floating else value
+
+    args = tuple(wide(a) for a in step.args)
+    kwargs = {k: wide(v) for k, v in step.kwargs.items()}
+    if args == step.args and kwargs == step.kwargs:
+        return step
+    return dataclasses.replace(step, args=args, kwargs=kwargs)
 
 
 def _refs(value: Any) -> Iterator[str]:

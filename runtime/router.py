@@ -41,6 +41,10 @@ class Router(RoutedModule):
         active: budget, as a fraction of all N units.
         quantiles: (Q,) ascending scores of calibration tokens, pooled over tokens and units, at the
             probabilities 0, 1/(Q-1), ..., 1; ``threshold`` needs them (see :meth:`calibrate`).
+        order: int64 (N,): the router's unit i (shared ones first) is unit ``order[i]`` of what it
+            routes; None = in order.
+        comparable: scores mean the same in every layer (a log relative error, say), so that layers
+            can share one threshold.
 
     Attributes:
         k_exact: routed units a token keeps under the top-k rules, where the owner of several layers
@@ -51,6 +55,7 @@ class Router(RoutedModule):
     dial: ClassVar[bool] = True  # set_active on a whole model turns modules that carry this mark
     counts: ClassVar[bool] = False  # the modules that use the selection count
     quantiles: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self,
@@ -61,6 +66,8 @@ class Router(RoutedModule):
         rule: Rule = "top-k",
         active: float = 1.0,
         quantiles: Tensor | None = None,
+        order: Tensor | None = None,
+        comparable: bool = False,
     ) -> None:
         super().__init__()
         if rule not in get_args(Rule):
@@ -75,14 +82,18 @@ class Router(RoutedModule):
                 f"a router needs weights (units, width), not {tuple(weight.shape)} with"
                 f" {shared} shared units"
             )
+        if order is not None and order.numel() != weight.shape[0] + shared:
+            raise BadInput(f"an order of {order.numel()} units for {weight.shape[0] + shared}")
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         # A fitted router is a plain tensor, yet it should train; only a frozen parameter does not.
         train = weight.requires_grad or not isinstance(weight, nn.Parameter)
         self.weight = as_parameter(weight, train)
         self.bias = as_parameter(bias, train)
         self.register_buffer("quantiles", None if quantiles is None else quantiles.float())
+        self.register_buffer("order", order)
         self.shared = shared
         self.rule: Rule = rule
+        self.comparable = comparable
         self.active = 1.0
         self.k_exact: int | None = None
         self.keep = False
@@ -212,6 +223,8 @@ class Router(RoutedModule):
             weight = torch.cat([weight.new_ones((*weight.shape[:-1], self.shared)), weight], dim=-1)
         if self.keep:
             self.last = (scores, weight)
+        if self.order is not None:
+            weight = torch.zeros_like(weight).index_copy(-1, self.order, weight)
         return weight
 
     def live(self, scores: Tensor) -> Tensor:
@@ -249,6 +262,8 @@ class Router(RoutedModule):
             "active": self.active,
             "k_exact": self.k_exact,
             "quantiles": None if self.quantiles is None else self.quantiles.numel(),
+            "order": self.order is not None,
+            "comparable": self.comparable,
         }
 
     @classmethod
@@ -259,6 +274,10 @@ class Router(RoutedModule):
             shared=options["shared"],
             rule=options["rule"],
             quantiles=None if points is None else torch.empty(points),
+            order=torch.empty(options["routed"] + options["shared"], dtype=torch.int64)
+            if options["order"]
+            else None,
+            comparable=options["comparable"],
         )
         router.set_active(options["active"], k_exact=options["k_exact"], warn=False)
         return router

@@ -314,6 +314,7 @@ def _region(gm: fx.GraphModule, core: _Core, linears: dict[fx.Node, Linear]) -> 
         head_dim=head_dim,
         value_dim=value_dim,
         query=query.tensors(gm, kept),
+        projection=query.tensors(gm),
         query_rows=rows,
         key=key[0].tensors(gm) if len(key) == 1 else None,
         value=value[0].tensors(gm) if len(value) == 1 else None,

@@ -195,6 +195,11 @@ def stop_on_failure(
     region = by_path.get(worst.region)
     folder = None
     if reproducer is not None and region is not None:
+        marks = {
+            r.ports["y"]: state.dense[key(r)]
+            for r in state.matches.regions
+            if r.rewritten_by is not None
+        }
         folder = write_reproducer(
             reproducer,
             state.gm,
@@ -203,6 +208,7 @@ def stop_on_failure(
             state.dense[key(region)],
             str(stage.text),
             worst,
+            marks,
         )
     place = worst.region or "the model's outputs"
     error = ClaimFailed(

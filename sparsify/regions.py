@@ -139,6 +139,8 @@ class Attention(Region):
     enter the scores, plus ``score.0`` ... the tensors that ``score`` reads (masks, biases).
     Sites: ``query`` (the projection that yields q rows; absent where rows cannot be told per head),
     ``attend`` (scores, softmax, weighted sum -> (B, H, T, dv)), ``output`` (the projection).
+    ``query`` is the query role alone, ``projection`` the whole projection that holds it (with key and
+    value rows where they are fused), ``query_rows`` (H, r) the rows of each head in ``projection``.
     ``score`` maps raw ``q k^T`` (..., T, S) and the score operands to probabilities, row by row.
     """
 
@@ -148,6 +150,7 @@ class Attention(Region):
     head_dim: int = dataclasses.field(kw_only=True)
     value_dim: int = dataclasses.field(kw_only=True)
     query: LinearWeight = dataclasses.field(kw_only=True)
+    projection: LinearWeight = dataclasses.field(kw_only=True)
     query_rows: Tensor | None = dataclasses.field(kw_only=True, default=None)
     key: LinearWeight | None = dataclasses.field(kw_only=True, default=None)
     value: LinearWeight | None = dataclasses.field(kw_only=True, default=None)

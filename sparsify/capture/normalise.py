@@ -144,7 +144,7 @@ def _shield_from_autocast(node: fx.Node) -> None:
     """
     if node.target not in (aten.matmul.default, aten.bmm.default):
         return
-    left, right = (arg.meta.get("val") for arg in node.args)
+    left, right = (arg.meta.get("val") if isinstance(arg, fx.Node) else None for arg in node.args)
     if (
         isinstance(left, Tensor)
         and isinstance(right, Tensor)
@@ -201,8 +201,13 @@ def _mark_cast(node: fx.Node, same: fx.Node) -> None:
     value = node.meta.get("val")
     casts = _IDENTITY.get(node.target) is _same_placement or same in node.meta.get(CASTS, ())
     if casts and isinstance(value, Tensor) and value.is_floating_point():
+        home = f"{_path(node, '')}."
+        made_here = f"{_path(same, '')}.".startswith(home)
         for user in node.users:
-            user.meta[CASTS] = (*user.meta.get(CASTS, ()), same)
+            # A cast that does nothing returns its input. Of a module that casts what it was given,
+            # the input leaks: code after it (a residual addition) seems to read the cast value.
+            if made_here or f"{_path(user, '')}.".startswith(home):
+                user.meta[CASTS] = (*user.meta.get(CASTS, ()), same)
 
 
 def _same_placement(node: fx.Node) -> bool:
@@ -212,7 +217,7 @@ def _same_placement(node: fx.Node) -> bool:
     copies = node.kwargs.get("copy") is True or (
         node.target is aten.to.dtype and len(node.args) > 3 and node.args[3] is True
     )
-    return (
+    return bool(
         isinstance(before, Tensor)
         and isinstance(after, Tensor)
         and before.dtype == after.dtype
@@ -227,7 +232,7 @@ def _same_placement(node: fx.Node) -> bool:
 def _whole_slice(node: fx.Node) -> bool:
     padded = (*node.args, *(None,) * (5 - len(node.args)))
     _, _dim, start, end, step = padded
-    return start in (0, None) and end in (_END, None) and step in (1, None)
+    return bool(start in (0, None) and end in (_END, None) and step in (1, None))
 
 
 def _no_dropout(node: fx.Node) -> bool:

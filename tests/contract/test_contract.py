@@ -1,0 +1,199 @@
+"""The contract of every pass on every zoo model: found, proven, undone, saved, trained.
+
+A new pass in passes/ is picked up here by itself; it brings only tests of what is special to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree
+
+import sparsify
+from sparsify import registry, zoo
+from sparsify.match import find
+from sparsify.api import share_clone
+from sparsify.evidence import dense_limit, error_between
+from sparsify.runtime.model import SparseModel
+from sparsify.runtime.router import Router
+from sparsify.runtime.spec import RoutedModule
+from tests.contract.zoo_captures import MODELS, captured, tokens_of
+
+PASSES = tuple(registry.names())
+PAIRS = tuple(itertools.permutations(PASSES, 2))
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def compiled(name: str, pipeline: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sparsify.compile(captured(name, dtype), pipeline, reproducer=None, **options)
+
+
+def worst_relative(model: SparseModel) -> float:
+    """Largest error over the outputs at the dense limit, relative to each output's scale."""
+    with torch.no_grad(), dense_limit(model):
+        found = model.graph(*model.example)
+    pairs = zip(found, model.golden, strict=True)
+    errors = [error_between(a, b) for a, b in pairs if b.is_floating_point()]
+    return max(error / max(scale, 1e-30) for error, scale in errors)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_region_is_found(name: str) -> None:
+    cap = captured(name)
+    made = zoo.build(name)
+    regions = find(share_clone(cap.graph), cap.example).regions
+    kinds = [region.kind for region in regions]
+    assert kinds.count("Attention") == made.attention
+    assert kinds.count("FeedForward") == made.feed_forward
+    assert len({(r.kind, r.path) for r in regions}) == len(regions)
+    assert all(region.block is not None for region in regions)
+    assert all(region.where for region in regions)
+
+
+@pytest.mark.parametrize("pipeline", PASSES)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", LIMITS, ids=["fp32", "fp64"])
+def test_dense_limit(name: str, pipeline: str, dtype: torch.dtype) -> None:
+    model = compiled(name, pipeline, dtype)
+    (step,) = model.report.steps
+    assert step.count("applied") + step.count("left") > 0
+    assert step.count("applied") == 0 or worst_relative(model) <= LIMITS[dtype]
+    assert model.report.ok
+    kind = registry.get(pipeline).region_type.kind
+    regions = [r for r in find(share_clone(captured(name, dtype).graph),
+                               captured(name, dtype).example).regions if r.kind == kind]
+    remarked = [r.region for r in step.remarks if r.kind != "near-miss"]
+    assert sorted(remarked) == sorted(r.path for r in regions)
+    assert all(r.reason for r in step.remarks)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", LIMITS, ids=["fp32", "fp64"])
+def test_dense_limit_of_pairs(name: str, pair: tuple[str, str], dtype: torch.dtype) -> None:
+    model = compiled(name, ",".join(pair), dtype)
+    first, second = model.report.steps
+    assert first.count("applied") > 0
+    assert worst_relative(model) <= LIMITS[dtype]
+    if registry.get(pair[0]).region_type is registry.get(pair[1]).region_type:
+        assert second.count("applied") == 0
+        assert {r.reason for r in second.remarks if r.kind == "left"} == {
+            f"already rewritten by {pair[0]}"
+        }
+    else:
+        assert second.count("applied") > 0
+
+
+@pytest.mark.parametrize("pipeline", PASSES)
+@pytest.mark.parametrize("name", MODELS)
+def test_second_run_finds_nothing_more(name: str, pipeline: str) -> None:
+    first, second = compiled(name, f"{pipeline},{pipeline}").report.steps
+    assert second.count("applied") == 0
+    assert second.count("left") == first.count("applied") + first.count("left")
+
+
+@pytest.mark.parametrize("pipeline", PASSES)
+@pytest.mark.parametrize("name", MODELS)
+def test_names_and_weight_map(name: str, pipeline: str) -> None:
+    dense = captured(name).graph
+    model = compiled(name, pipeline)
+    before = dict(dense.named_parameters())
+    after = dict(model.named_parameters())
+    moved = {m.dense for step in model.report.steps for m in step.weights}
+    for path, parameter in before.items():
+        if path not in moved:
+            assert after[path] is parameter, f"{path} was renamed or copied"
+    for step in model.report.steps:
+        for move in step.weights:
+            found: Any = model
+            for part in move.sparse.split("."):
+                found = getattr(found, part)  # the map names tensors that exist
+    undone = _dense_again(model)
+    for path, tensor in undone.items():
+        assert torch.equal(tensor, before[path]), f"{path} does not come back"
+    assert moved and set(undone) == moved
+
+
+def _dense_again(model: SparseModel) -> dict[str, torch.Tensor]:
+    """The dense model's weights, taken out of the routed modules by their own inverse."""
+    found: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, RoutedModule):
+            for name, tensor in module.restored(path, model.report).items():
+                found[name] = tensor
+    return found
+
+
+@pytest.mark.parametrize("pipeline", PASSES)
+@pytest.mark.parametrize("name", MODELS)
+def test_save_and_load(name: str, pipeline: str, tmp_path: Path) -> None:
+    model = compiled(name, pipeline)
+    model.set_active(0.5)
+    model.save(tmp_path / "out")
+    again = sparsify.load(tmp_path / "out")
+    assert again.pipeline == model.pipeline
+    assert again.report.to_dict() == model.report.to_dict()
+    with torch.no_grad():
+        for a, b in zip(model.graph(*model.example), again.graph(*model.example), strict=True):
+            torch.testing.assert_close(a, b)
+    assert sparsify.verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("pipeline", PASSES)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_reach_routers_and_units(name: str, pipeline: str) -> None:
+    model = compiled(name, pipeline, share=False)
+    model.set_active(0.6)
+    outputs = model.graph(*model.example)
+    sum(o.double().square().sum() for o in outputs if o.is_floating_point()).backward()
+    routers = [m for m in model.modules() if isinstance(m, Router)]
+    assert routers
+    for router in routers:
+        assert router.weight.grad is not None and float(router.weight.grad.abs().sum()) > 0
+    for path, parameter in model.named_parameters():
+        if any(m.sparse == path for step in model.report.steps for m in step.weights):
+            assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_call_signature_is_kept(name: str) -> None:
+    made = zoo.build(name)
+    model = sparsify.compile(captured(name), "ffn-moe,attn-moh")
+    if made.example is None:
+        ids = torch.randint(3, 120, (2, 9))
+        with torch.no_grad():
+            dense, routed = made.model(input_ids=ids), model(input_ids=ids)
+        assert isinstance(model, type(made.model))
+    else:
+        args, kwargs = made.example
+        with torch.no_grad():
+            dense, routed = made.model(*args, **kwargs), model(*args, **kwargs)
+    assert type(routed) is type(dense)
+    one = [t for t in _pytree.tree_leaves(dense) if isinstance(t, torch.Tensor)]
+    two = [t for t in _pytree.tree_leaves(routed) if isinstance(t, torch.Tensor)]
+    for a, b in zip(one, two, strict=False):
+        assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(a.abs().max()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_calibrated(name: str) -> None:
+    cap = captured(name)
+    batches = tokens_of(cap, name)
+    if batches is None:
+        pytest.skip("calibration text is for causal language models")
+    model = compiled(name, "ffn-moe,attn-moh", calibration=batches)
+    assert worst_relative(model) <= 1e-5
+    assert all(r.rule == "threshold" for r in model.modules() if isinstance(r, Router))
+    model.set_active(0.75)
+    model.reset_counters()
+    with torch.no_grad():
+        model(input_ids=torch.cat(batches))
+    live = list(model.realised().values())
+    assert abs(sum(live) / len(live) - 0.75) < 0.05  # the calibration tokens themselves
