@@ -24,10 +24,12 @@ from sparsify.regions import FeedForward
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.runtime.router import Router
+    from sparsify.runtime.router import Router, Rule
 
 MOST = 64  # experts by default: finer blocks lose less, coarser ones run faster
 TOKENS = 8192  # calibration tokens kept per layer
+FIT_TOKENS = 4096  # of those, used to fit the compensation
+BUDGETS = (0.25, 0.5, 0.75)  # where compensation is fitted; interpolated between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ class FfnMoe(Pass[FeedForward]):
             )
 
     def taps(self, region: FeedForward) -> Mapping[str, int]:
-        return {"x": TOKENS}
+        return {"x": TOKENS, "stream.energy": TOKENS}
 
     def rewrite(self, ffn: FeedForward) -> Rewrite:
         from sparsify.passes._experts import group, hidden_of
@@ -109,6 +111,7 @@ class FfnMoe(Pass[FeedForward]):
             activation=ffn.activation,
             router=router,
             dropped=dropped,
+            dropped_at=BUDGETS if dropped is not None else (),
         )
         fitted = "calibrated" if x is not None else "from weights"
         note = (
@@ -127,19 +130,57 @@ class FfnMoe(Pass[FeedForward]):
         shared: int,
     ) -> tuple[Router, Tensor | None]:
         """Router and compensation from calibration samples."""
-        from sparsify.passes._experts import expert_energy, mean_outputs
+        from sparsify.passes._experts import expert_energy
         from sparsify.passes._ridge import fit_router
         from sparsify.runtime.router import Router
 
         energy = expert_energy(ffn, hidden, order, experts)[:, shared:]
+        # relative to the stream that the layer adds to, scores of all layers are on one scale
+        energy = energy / ffn.samples["stream.energy"].clamp_min(1e-30)
         weight, bias = fit_router(x, energy)
         dtype = ffn.up.weight.dtype
-        rule = "top-k" if self.router == "top-k" else "threshold"
-        router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule)  # type: ignore[arg-type]
+        rule: Rule = "top-k" if self.router == "top-k" else "threshold"
+        router = Router(
+            weight.to(dtype), bias.to(dtype), shared=shared, rule=rule, comparable=True
+        )
         router.calibrate(x)
         if not self.compensate:
             return router, None
-        return router, mean_outputs(ffn, hidden, order, experts).to(dtype)
+        return router, self._stand_ins(ffn, x, hidden, order, experts, router).to(dtype)
+
+    def _stand_ins(
+        self,
+        ffn: FeedForward,
+        x: Tensor,
+        hidden: Tensor,
+        order: Tensor,
+        experts: int,
+        router: Router,
+    ) -> Tensor:
+        """(P, N, D): what to add for dead experts at each of BUDGETS."""
+        import torch
+
+        from sparsify.passes._experts import mean_outputs
+        from sparsify.passes._ridge import fit_compensation
+
+        prior = mean_outputs(ffn, hidden, order, experts)
+        block = len(order) // experts
+        step = max(1, len(x) // FIT_TOKENS)
+        x, hidden = x[::step], hidden[::step]
+        columns = ffn.down.weight.float().T[order]
+        table = prior.repeat(len(BUDGETS), 1, 1)
+        shared = router.shared
+        with torch.no_grad():
+            scores = router.scores(x)
+            for at, budget in enumerate(BUDGETS):
+                router.set_active(budget, warn=False)
+                dead = ~router.live(scores)
+                mask = dead.repeat_interleave(block, dim=1)
+                part = hidden[:, order[shared * block :]].float() * mask
+                lost = part @ columns[shared * block :]
+                table[at, shared:] = fit_compensation(dead, lost, prior[shared:])
+            router.set_active(1.0)
+        return table
 
     def _from_weights(self, ffn: FeedForward, order: Tensor, experts: int, shared: int) -> Router:
         """Scores by the mean gate (or up) row of an expert, each neuron weighted by its column norm."""

@@ -81,7 +81,8 @@ class RoutedAttend(RoutedModule):
         batch, heads, tokens, _ = q.shape
         self.dtype = k.dtype
         live = select.expand(batch, tokens, heads).transpose(1, 2) != 0
-        counts = live.reshape(batch * self.kv_heads, -1).sum(1).tolist()
+        together = heads // self.kv_heads * tokens
+        counts = live.reshape(batch * self.kv_heads, together).sum(1).tolist()
         pairs = batch * tokens
         self.counter.seen(pairs, heads, sum(counts))
         wide = torch.float32 if q.dtype in HALF else q.dtype
@@ -94,15 +95,15 @@ class RoutedAttend(RoutedModule):
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
         """All pairs are live: heads that share keys are one matrix."""
         batch, heads, tokens, width = q.shape
-        keys = k.shape[2]
-        grouped = q.reshape(batch, self.kv_heads, -1, width)
+        keys, together = k.shape[2], heads // self.kv_heads * tokens
+        grouped = q.reshape(batch, self.kv_heads, together, width)
         scores = (grouped @ k.transpose(2, 3)).view(batch, heads, tokens, keys)
         if self.causal:
             future = torch.ones(tokens, keys, dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
         share = self.score(scores, *operands).to(v.dtype)
         self.counter.rows += batch * heads * tokens
-        rows = share.reshape(batch, self.kv_heads, -1, keys) @ v
+        rows = share.reshape(batch, self.kv_heads, together, keys) @ v
         return rows.view(batch, heads, tokens, v.shape[3])
 
     def _grouped(
@@ -118,7 +119,7 @@ class RoutedAttend(RoutedModule):
         batch, heads, tokens, width = q.shape
         keys, out = k.shape[2], v.shape[3]
         at = live.reshape(-1).nonzero().flatten()  # (b, h, t) in order: group by group
-        k, v = k.reshape(-1, keys, width), v.reshape(-1, keys, out)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
         done = []
         for chunk in _chunks(counts, max(1, ROOM // max(keys, 1))):
             place = at[chunk[0].start : chunk[-1].stop]

@@ -246,6 +246,9 @@ def _check_names(graph: nn.Module, data: Mapping[str, Any]) -> None:
             continue
         owner, _, leaf = str(node["target"]).rpartition(".")
         try:
-            getattr(graph.get_submodule(owner), leaf)
-        except AttributeError as error:
-            raise BadCheckpoint(f"the graph reads '{node['target']}', which is missing") from error
+            found = getattr(graph.get_submodule(owner), leaf)
+        except AttributeError:
+            found = None
+        module = node["op"] == "call_module"
+        if found is None or (module and not is_routed(found)):
+            raise BadCheckpoint(f"the graph reads '{node['target']}', which is missing")

@@ -1,7 +1,7 @@
 """The active budget as a dial: one number for the model, spread over its layers.
 
-Top-k routers keep whole units, so rounding is carried from layer to layer (error diffusion) and the
-mean over the layers meets the budget. Threshold routers whose scores are comparable (``comparable``:
+Top-k routers keep whole units, so rounding is carried from layer to layer (error diffusion) and
+the mean over the layers meets the budget. Threshold routers whose scores are ``comparable`` (the
 log of the relative error that a dead unit causes) share one cut, so layers that can spare more do;
 others read their own threshold for the budget.
 """
@@ -48,7 +48,7 @@ def set_active(
     """Turn the dial.
 
     Args:
-        active: fraction of units that a token uses on average, 0 < active <= 1; 1 is the dense limit.
+        active: fraction of units that a token uses on average, 0 < active <= 1; 1 = dense limit.
         at: only routers under these paths; pass_name: only those of one pass.
 
     Returns:

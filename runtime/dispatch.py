@@ -8,6 +8,8 @@ which are stored unit after unit for that reason. Python work is per live unit, 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -101,18 +103,69 @@ def plan(select: Tensor, fuse: bool) -> Plan:
     return Plan(tokens, units, segments, mask, counts)
 
 
-def live_runs(live: list[bool]) -> list[tuple[int, int]]:
-    """(start, size) of every run of live units."""
-    runs: list[tuple[int, int]] = []
-    end = -1
-    for unit, used in enumerate(live):
-        if used:
-            if unit == end:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-            else:
-                runs.append((unit, 1))
-            end = unit + 1
-    return runs
+@dataclasses.dataclass(slots=True)
+class LiveRows:
+    """For each of a few tokens on CPU, the weight rows it uses, in order.
+
+    Attributes:
+        rows: int64, those of the first token, then the second, ...
+        bounds: int64, where each token's begin, and the end; a single token's are cut into as many
+            parts as there are threads.
+        left: (len(bounds) - 1, D) the token of each part; pattern: sparse, parts by weight rows.
+    """
+
+    rows: Tensor
+    bounds: Tensor
+    left: Tensor
+    pattern: Tensor
+
+    @staticmethod
+    def of(x: Tensor, mask: Tensor, width: int) -> LiveRows:
+        """x (T, D), mask (T, N) of live units, each of which owns ``width`` weight rows."""
+        _quiet_sparse()
+        rows = mask.repeat_interleave(width, dim=1).nonzero()[:, 1]
+        if len(x) == 1:
+            bounds = _shares(len(rows), torch.get_num_threads())
+            x = x.expand(len(bounds) - 1, -1).contiguous()
+        else:
+            bounds = torch.nn.functional.pad(mask.sum(1).mul_(width).cumsum(0), (1, 0))
+        size = (len(x), mask.shape[1] * width)
+        zeros = x.new_zeros(len(rows))
+        pattern = torch.sparse_csr_tensor(bounds, rows, zeros, size, check_invariants=False)
+        return LiveRows(rows, bounds, x, pattern)
+
+    def dots(self, weight: Tensor) -> Tensor:
+        """``weight[row] @ x[token]`` for every pair, reading the rows where they lie.
+
+        Gathering rows first would write and read them once more, and a product per run of
+        neighbours pays for every call; a sampled product does neither: 138 us for 768 of 1536 rows
+        of 576 in blocks of 24, 42 MB of weights in turn, one thread; one matvec over 768 adjacent
+        rows takes 157 us, one per run 232 us.
+        """
+        product: Tensor = torch.sparse.sampled_addmm(self.pattern, self.left, weight.t(), beta=0.0)
+        return product.values()
+
+    def sums(self, h: Tensor, weight: Tensor, tokens: int) -> Tensor:
+        """``sum of h[pair] * weight[row]`` over a token's pairs: (T, D)."""
+        bags = torch.nn.functional.embedding_bag(
+            self.rows, weight, self.bounds[:-1], mode="sum", per_sample_weights=h
+        )
+        return bags if tokens == len(bags) else bags.sum(0, keepdim=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _shares(count: int, threads: int) -> Tensor:
+    """Bounds of ``count`` items shared out over the threads."""
+    with torch.inference_mode(False):  # outlives this call, whose mode may differ from the next's
+        return torch.tensor([count * i // threads for i in range(threads + 1)])
+
+
+@functools.cache
+def _quiet_sparse() -> None:
+    """torch says once per process that sparse CSR tensors are in beta; not to our users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
 
 
 class Sum:

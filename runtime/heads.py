@@ -107,12 +107,12 @@ class RoutedRows(RoutedModule):
             units = torch.arange(segment.start, segment.start + segment.size, device=x.device)
             at.append((tokens.unsqueeze(1) * self.units + units).flatten())
         if len(done) == 1 and work.all_live:
-            y = done[0].view(work.tokens, -1)
+            y = done[0].view(work.tokens, self.units * width)
         else:
             y = x.new_zeros(work.tokens * self.units, width)
             if done:
                 y = y.to(done[0].dtype).index_copy(0, torch.cat(at), torch.cat(done))
-            y = y.view(work.tokens, -1)
+            y = y.view(work.tokens, self.units * width)
         if self.others is not None:
             y = torch.cat([y, linear(rows, self.others, self.other_bias)], dim=1)
         if self.places is not None:

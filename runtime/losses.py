@@ -1,8 +1,8 @@
 """Losses that keep routers healthy while a converted model trains.
 
 ``balance_loss`` is the Switch Transformer's load balancing (Fedus et al., arXiv:2101.03961, eq. 4)
-and ``z_loss`` the router z-loss of ST-MoE (Zoph et al., arXiv:2202.08906, eq. 5), both averaged over
-the model's routers. Run the forward under ``recording(model)``, then add them to the loss.
+and ``z_loss`` the router z-loss of ST-MoE (Zoph et al., arXiv:2202.08906, eq. 5), both averaged
+over the model's routers. Run the forward under ``recording(model)``, then add them to the loss.
 """
 
 from __future__ import annotations

@@ -170,11 +170,16 @@ class SparseModel(nn.Module):
         """``causal-lm`` or ``module``."""
         return self.call_spec.kind
 
-    def set_active(self, active: float, at: str | None = None) -> SparseModel:
-        """Set the active budget (fraction of units per token), everywhere or at matching paths."""
+    def set_active(
+        self, active: float, at: str | None = None, pass_name: str | None = None
+    ) -> SparseModel:
+        """Set the active budget (fraction of units per token).
+
+        Everywhere, or at matching paths (``at``, a glob), or for one pass's modules only.
+        """
         from sparsify.runtime.dial import set_active
 
-        set_active(self, active, at=at)
+        set_active(self, active, at=at, pass_name=pass_name)
         return self
 
     @property
@@ -261,10 +266,11 @@ class SparseModel(nn.Module):
         )
 
     def __repr__(self) -> str:
-        routed = sum(1 for _ in _routed(self))
+        routed = len(list(_routed(self)))
+        plural = "" if routed == 1 else "s"
         return (
             f"{type(self).__name__}({self.call_spec.model}, {self.num_parameters():,} parameters, "
-            f"{routed} routed modules, pipeline='{self.pipeline}')"
+            f"{routed} routed module{plural}, pipeline='{self.pipeline}')"
         )
 
     # -- saving
@@ -280,10 +286,15 @@ class SparseModel(nn.Module):
         return {}
 
 
-def _routed(model: nn.Module) -> Iterator[nn.Module]:
+def _routed(module: nn.Module) -> Iterator[nn.Module]:
+    """Routed modules, without those inside them."""
     from sparsify.runtime.spec import RoutedModule
 
-    return (m for m in model.modules() if isinstance(m, RoutedModule))
+    for child in module.children():
+        if isinstance(child, RoutedModule):
+            yield child
+        else:
+            yield from _routed(child)
 
 
 def keep_logits(logits: Tensor, keep: int | Tensor) -> Tensor:

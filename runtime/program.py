@@ -41,7 +41,7 @@ class Program:
 
     ``program(*tensors)`` runs it. With ``wide``, every floating dtype it names is float64 (a model
     captured in float32 and moved to float64: ``sparsify.runtime.graph.retarget``). Raises
-    BadCheckpoint for an unknown operation, a name used before it is defined, or a name defined twice.
+    BadCheckpoint for an unknown operation, a name used before it is defined or defined twice.
     """
 
     inputs: tuple[str, ...]

@@ -14,7 +14,16 @@ from sparsify.owner import check_owner
 check_owner()
 
 if TYPE_CHECKING:
-    from sparsify.api import compile, diff, inspect, load  # noqa: A004
+    from sparsify.api import (
+        bisect,
+        compile,  # noqa: A004
+        diff,
+        generate,
+        inspect,
+        load,
+        reproduce,
+        verify,
+    )
     from sparsify.core import (
         APPROXIMATE,
         BOUNDED,
@@ -36,10 +45,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# sparsify.api has more (verify, evaluate, reproduce, ...); those are also modules in here, and the
-# import of the module would take the function's place.
+# sparsify.api.evaluate is not among them: the import of the module sparsify.evaluate would take the
+# function's place.
 _HOME = {
-    "sparsify.api": ("compile", "diff", "inspect", "load"),
+    "sparsify.api": (
+        "bisect", "compile", "diff", "generate", "inspect", "load", "reproduce", "verify",
+    ),
     "sparsify.core": (
         "APPROXIMATE", "BOUNDED", "EXACT", "REORDERED", "Claim", "Moved", "Pass", "Refused",
         "Remark", "Rewrite", "Splice", "option",
@@ -69,11 +80,15 @@ __all__ = [
     "SparseModel",
     "SparsifyError",
     "Splice",
+    "bisect",
     "compile",
     "diff",
+    "generate",
     "inspect",
     "load",
     "option",
+    "reproduce",
+    "verify",
 ]
 
 

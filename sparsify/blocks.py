@@ -7,6 +7,7 @@ Weisfeiler-Lehman fingerprint (networkx), labels being operation and shape.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import networkx as nx
@@ -119,7 +120,9 @@ def _fingerprint(nodes: set[fx.Node]) -> str:
         graph.add_node(node.name, label=f"{node.op}:{name}:{shape_of(node)}")
     for node in nodes:
         graph.add_edges_from((a.name, node.name) for a in node.all_input_nodes if a in nodes)
-    return str(nx.weisfeiler_lehman_graph_hash(graph, node_attr="label", iterations=3))
+    with warnings.catch_warnings():  # that hashes changed in networkx 3.5; ours are never stored
+        warnings.simplefilter("ignore", UserWarning)
+        return str(nx.weisfeiler_lehman_graph_hash(graph, node_attr="label", iterations=3))
 
 
 def _prefix(paths: list[str]) -> str:

@@ -94,7 +94,7 @@ def collect(
     for region, ports in wants:
         pools[id(region)] = _Reservoir(max(ports.values()), torch.Generator().manual_seed(seed))
         for port in ports:
-            taps.setdefault(region.ports[port], []).append((region, port))
+            taps.setdefault(region.ports[port.removesuffix(".energy")], []).append((region, port))
     order = {node: at for at, node in enumerate(gm.graph.nodes)}
     last = max(taps, key=lambda n: order[n])
     tokens = 0
@@ -112,7 +112,9 @@ def collect(
                 pool = pools[id(region)]
                 if id(region) not in plans:
                     plans[id(region)] = pool.plan(rows.shape[0])
-                pool.put(port, rows, *plans[id(region)])
+                energy = port.endswith(".energy")
+                kept = rows.float().square().sum(-1, keepdim=True) if energy else rows
+                pool.put(port, kept, *plans[id(region)])
         tokens += int(mask.sum()) if mask is not None else int(rows.shape[0])
         if progress is not None:
             progress("calibrate", done + 1, max(total, done + 1))

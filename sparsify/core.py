@@ -138,13 +138,22 @@ class Splice:
 class Moved:
     """How one dense weight went into a routed module, so that it can be taken out again.
 
-    ``dense`` is the state-dict name before, ``sparse`` the name after, ``how`` the rule: a
-    ``runtime`` module's ``dense_weights()`` is the executable inverse.
+    ``sparsify.weights.dense_weights`` runs the inverse.
+
+    Attributes:
+        dense: the state-dict name before; sparse: the name after (``module path.parameter``).
+        how: the rule, for readers.
+        role: key of the tensor in the routed module's ``dense_weights()``.
+        transposed: the dense model stores it (in, out).
+        rows: half-open runs of output rows that it takes of a fused projection; empty = all.
     """
 
     dense: str
     sparse: str
     how: str
+    role: str = ""
+    transposed: bool = False
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +278,10 @@ class Pass(Generic[R]):
         """Raise :class:`Refused` where this region cannot be rewritten. Changes nothing."""
 
     def taps(self, region: R) -> Mapping[str, int]:
-        """What to sample from calibration data: port name -> tokens wanted. Empty = nothing."""
+        """What to sample from calibration data: port name -> tokens wanted. Empty = nothing.
+
+        ``port.energy`` asks for the squared norm of the port's rows instead of the rows.
+        """
         return {}
 
     def rewrite(self, region: R) -> Rewrite:

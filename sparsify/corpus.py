@@ -1,8 +1,8 @@
 """Text to calibrate and to measure on, without a network, and its way into blocks of tokens.
 
 Two kinds are on every machine: Python's own docstrings, and the READMEs and licences of installed
-packages. Each is split by module (or package) into a calibration half and a held-out half that share
-no paragraph, so that nothing is measured on what it was fitted on.
+packages. Each is split by module (or package) into a calibration half and a held-out half that
+share no paragraph, so that nothing is measured on what it was fitted on.
 """
 
 from __future__ import annotations
@@ -265,7 +265,6 @@ def token_blocks(
 
 def _ids(value: Tensor) -> Tensor:
     if value.is_floating_point() or value.is_complex() or value.dim() not in (1, 2):
-        raise BadInput(
-            f"token ids are integers (batch, token), not {value.dtype} of shape {tuple(value.shape)}"
-        )
+        shape = tuple(value.shape)
+        raise BadInput(f"token ids are integers (batch, token), not {value.dtype} {shape}")
     return value.long().view(-1, value.shape[-1])

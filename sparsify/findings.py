@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from sparsify.core import Remark
-from sparsify.report import Evidence
+from sparsify.report import Evidence, Quality, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,3 +160,33 @@ class Generation:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {"format": "sparsify-generation", "format_version": 1, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Quality of a sparse model at several budgets."""
+
+    model: str
+    pipeline: str
+    quality: Quality
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"format": "sparsify-evaluation", "format_version": 1, **dataclasses.asdict(self)}
+
+    def text(self, width: int = 100) -> str:
+        """One row per model and budget, and a sentence per budget."""
+        lines = [
+            f"{self.model}   {self.pipeline}",
+            f"text {self.quality.text}, {self.quality.tokens:,} predicted tokens",
+            f"{'model':<16}{'active':>8}{'really':>8}{'perplexity':>12}{'ratio':>8}{'KL':>8}{'top-1':>8}",
+        ]
+        for row in self.quality.rows:
+            really = "" if row.realised is None else f"{row.realised:.1%}"
+            kl = "" if row.kl is None else f"{row.kl:.3f}"
+            top = "" if row.top1 is None else f"{row.top1:.1%}"
+            lines.append(
+                f"{row.model:<16}{row.active:>8.1%}{really:>8}{number(row.perplexity, 4):>12}"
+                f"{row.ratio:>8.3f}{kl:>8}{top:>8}  {row.note}".rstrip()
+            )
+        return "\n".join([*lines, *self.quality.verdicts()])

@@ -73,8 +73,20 @@ def wrap(model: SparseModel, source: nn.Module) -> SparseModel:
     if isinstance(call, CausalCall) and not call.layers:
         made.config.use_cache = made.generation_config.use_cache = False
     made.__dict__["_dense_class"] = type(source)
+    made.__dict__["_embedding_paths"] = {
+        name: _path_of(source, name) for name in ("get_input_embeddings", "get_output_embeddings")
+    }
     shelled: SparseModel = made
     return shelled
+
+
+def _path_of(source: Any, getter: str) -> str | None:
+    """Where the module that ``source.getter()`` returns lives."""
+    try:
+        wanted = getattr(source, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((path for path, module in source.named_modules() if module is wanted), None)
 
 
 def attach(model: SparseModel, path: str | os.PathLike[str]) -> SparseModel:
@@ -224,6 +236,24 @@ class HfShell(SparseModel):
         items = {"loss": loss, "logits": keep_logits(logits, keep), "past_key_values": cache}
         result = record(call.result, **items)
         return result.to_tuple() if tuples else result
+
+    # -- parts that others ask for
+
+    def get_input_embeddings(self) -> Any:
+        """What holds the token embedding's weight; NotCaptured if the graph reads none."""
+        return self._embeddings("get_input_embeddings")
+
+    def get_output_embeddings(self) -> Any:
+        """What holds the head's weight, or None as in transformers."""
+        known = self.__dict__["_embedding_paths"]["get_output_embeddings"]
+        return None if known is None else self._embeddings("get_output_embeddings")
+
+    def _embeddings(self, getter: str) -> Any:
+        path = self.__dict__["_embedding_paths"][getter]
+        try:
+            return self.get_submodule(path or "none")
+        except AttributeError as error:
+            raise NotCaptured(f"the graph has no module for {getter}()") from error
 
     # -- what transformers offers and a graph cannot do
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from sparsify.linears import Linear
-from sparsify.match_ffn import Missed, _common_path, _plain
+from sparsify.match_ffn import Missed, common_path, plain, residual
 from sparsify.probe import (
     NotFollowed,
     head_columns,
@@ -200,7 +200,7 @@ def _score_program(
         if (is_identity(node) or (is_cast(node) and same)) and source in names:
             names[node] = names[source]  # type: ignore[index]
             continue
-        args = list(_plain(fx.map_arg(node.args, load)))
+        args = list(plain(fx.map_arg(node.args, load)))
         if node is softmax:
             args[1] = -1
         steps.append(
@@ -305,9 +305,13 @@ def _region(gm: fx.GraphModule, core: _Core, linears: dict[fx.Node, Linear]) -> 
         "y": output.result,
         "query": query.result,
     } | {f"score.{i}": n for i, n in enumerate(core.operands)}
+    try:
+        ports["stream"] = residual(output.result, query.x)
+    except Missed:
+        pass  # attention without a residual connection is attention all the same
     out = output.tensors(gm)
     region = Attention(
-        path=_common_path([str(query.weight.target), out.weight_name]),
+        path=common_path([str(query.weight.target), out.weight_name]),
         where=source_line(core.result.meta),
         heads=heads,
         kv_heads=shape_of(k)[1],

@@ -181,23 +181,23 @@ def _region(gm: fx.GraphModule, down: Linear, tree: _Tree, sources: list[Linear]
                 "hidden", f"{node.name} is also used by {outside[0].name}, outside the layer"
             )
     up, gate = _roles(down.x, tree)
-    _residual(down.result, x)
+    stream = residual(down.result, x)
     activation = _program(down.x, tree, up, gate, scalars)
     order = sorted(inside, key=lambda n: int(n.meta["order"]))
     return FeedForward(
-        path=_common_path([weights[up].weight_name, down.tensors(gm).weight_name]),
+        path=common_path([weights[up].weight_name, down.tensors(gm).weight_name]),
         where=source_line(down.nodes[0].meta),
         up=weights[up],
         gate=weights[gate] if gate is not None else None,
         down=down.tensors(gm),
         activation=activation,
         activation_name=activation_name(activation),
-        ports={"x": x, "hidden": down.x, "y": down.result},
+        ports={"x": x, "hidden": down.x, "y": down.result, "stream": stream},
         sites={"ffn": Site(down.result, tuple(order))},
     )
 
 
-def _common_path(names: list[str]) -> str:
+def common_path(names: list[str]) -> str:
     """``a.b.up.weight``, ``a.b.down.weight`` -> ``a.b``."""
     parts = [name.split(".")[:-1] for name in names]
     common = []
@@ -233,8 +233,8 @@ def _roles(hidden: fx.Node, tree: _Tree) -> tuple[fx.Node, fx.Node | None]:
     return next(leaf for leaf in leaves if leaf is not gate), gate
 
 
-def _residual(result: fx.Node, x: fx.Node) -> None:
-    """Check that ``result`` is added to a value that ``x`` came from."""
+def residual(result: fx.Node, x: fx.Node) -> fx.Node:
+    """The addition of ``result`` to a value that ``x`` came from; Missed where there is none."""
     upstream: set[fx.Node] = set()
     stack = [x]
     while stack:
@@ -254,7 +254,7 @@ def _residual(result: fx.Node, x: fx.Node) -> None:
                 if op_base(user) in ("add", "add_"):
                     others = [a for a in user.all_input_nodes if a not in seen and a is not node]
                     if any(o in upstream and o.op != "get_attr" for o in others):
-                        return
+                        return user
                 if is_pointwise(user) or is_movement(user) or op_base(user) in NORMS | {"mean"}:
                     step.append(user)
         frontier = step
@@ -288,7 +288,7 @@ def _program(
         args = fx.map_arg(node.args, load)
         kwargs = fx.map_arg(node.kwargs, load)
         names[node] = Ref(node.name)
-        steps.append(Step(node.name, op_name(node.target), _plain(args), dict(kwargs)))
+        steps.append(Step(node.name, op_name(node.target), plain(args), dict(kwargs)))
     inputs = ("up", "gate") if gate is not None else ("up",)
     return Program(inputs, tuple(steps), names[hidden].name)
 
@@ -298,7 +298,7 @@ def _same_dtype(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and source.meta.get("dtype") == node.meta.get("dtype")
 
 
-def _plain(args: Any) -> tuple[Any, ...]:
+def plain(args: Any) -> tuple[Any, ...]:
     return tuple(
         list(a) if isinstance(a, fx.immutable_collections.immutable_list) else a for a in args
     )

@@ -54,7 +54,8 @@ class Region:
         index: position among regions of its kind, in execution order; count: how many there are.
         sites: site name -> (its nodes' inputs, its result) as graph nodes; for ``rewrite`` only.
         ports: port name -> node.
-        samples: port name -> (tokens, width) calibration rows, filled when the pass asked and
+        samples: port name -> (tokens, width) calibration rows (``port.energy``: (tokens, 1) squared
+            norms of the port's rows), filled when the pass asked and
             calibration data were given. Rows of all ports of a region belong to the same tokens.
         rewritten_by: the pass that already rewrote it, if any.
         block: index of the repeated block it lies in, or None.
@@ -93,7 +94,8 @@ class Site:
 class FeedForward(Region):
     """``y = down(act(gate(x), up(x)))`` or ``y = down(act(up(x)))``, added to a residual stream.
 
-    Ports: ``x`` (..., D) input, ``hidden`` (..., F) input of the down projection, ``y`` (..., D).
+    Ports: ``x`` (..., D) input, ``hidden`` (..., F) input of the down projection, ``y`` (..., D),
+    ``stream`` (..., D) the residual stream after ``y`` was added to it.
     Sites: ``ffn`` (the whole region). ``activation`` maps (up,) or (up, gate) to hidden; it is
     elementwise, so neuron i of hidden depends on row i of up and gate only.
     """
@@ -134,7 +136,7 @@ class FeedForward(Region):
 class Attention(Region):
     """``y = out(concat_h softmax(score(q_h, k_g(h))) v_g(h))``.
 
-    Ports: ``x`` (..., D) input of the query projection, ``context`` (..., H*dv) input of the output
+    Ports: ``stream`` as in FeedForward (absent without a residual), ``x`` (..., D) input of the query projection, ``context`` (..., H*dv) input of the output
     projection, ``y`` result, and ``q`` (B, H, T, d), ``k`` (B, G, S, d), ``v`` (B, G, S, dv) as they
     enter the scores, plus ``score.0`` ... the tensors that ``score`` reads (masks, biases).
     Sites: ``query`` (the projection that yields q rows; absent where rows cannot be told per head),

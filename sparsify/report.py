@@ -291,6 +291,4 @@ def number(value: float, digits: int = 3) -> str:
     for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if size >= limit:
             return f"{value / limit:.{digits}g} {letter}"
-    if size >= 10**digits:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    return f"{value:,.0f}" if size >= 10**digits else f"{value:,.{digits}g}"

@@ -109,13 +109,16 @@ def group_weights(weights: Iterable[Moved]) -> tuple[WeightGroup, ...]:
     """The weight map, one line per role instead of one per layer."""
     groups: dict[tuple[str, ...], list[Moved]] = {}
     for moved in weights:
-        shape = tuple(_INDEX.sub("\0", name) for name in (moved.dense, moved.sparse))
-        groups.setdefault((*shape, moved.how), []).append(moved)
+        texts = (moved.dense, moved.sparse, *moved.how.split())
+        groups.setdefault(tuple(_INDEX.sub("\0", text) for text in texts), []).append(moved)
     return tuple(
         WeightGroup(
             ", ".join(collapse(m.dense for m in members)),
             ", ".join(collapse(m.sparse for m in members)),
-            members[0].how,
+            " ".join(
+                ", ".join(collapse(words))
+                for words in zip(*(m.how.split() for m in members), strict=True)
+            ),
             len(members),
         )
         for members in groups.values()

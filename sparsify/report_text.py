@@ -168,7 +168,9 @@ def _costs(out: Page, a: ModelFacts, b: ModelFacts, names: tuple[str, str], cont
         ("FLOPs per token", a.flops_per_token, b.flops_per_token),
     ]
     for kind in dict.fromkeys((*a.by_kind, *b.by_kind)):
-        values.append((f"  in {kind}", a.by_kind.get(kind, 0.0), b.by_kind.get(kind, 0.0)))
+        one, two = a.by_kind.get(kind, 0.0), b.by_kind.get(kind, 0.0)
+        if one or two:
+            values.append((f"  in {kind}", one, two))
     values.append(("bytes per token", a.bytes_per_token, b.bytes_per_token))
     rows += [(name, number(x, 4), number(y, 4), _ratio(x, y)) for name, x, y in values]
     out.table(rows, label="cost")
@@ -220,7 +222,7 @@ def _quality(out: Page, quality: Quality, *, stable: bool) -> None:
     rows = [("model", "active", "realised", "perplexity", "to dense", "KL (nats)", "same top-1")]
     for row in quality.rows:
         rows.append((
-            f"{row.model} ({row.note})" if row.note else row.model,
+            row.model,
             _percent(row.active),
             "" if row.realised is None else _percent(row.realised),
             number(row.perplexity, digits),
@@ -229,6 +231,9 @@ def _quality(out: Page, quality: Quality, *, stable: bool) -> None:
             "" if row.top1 is None else _percent(row.top1),
         ))  # fmt: skip
     out.table(rows, label="")
+    for row in quality.rows:
+        if row.note:
+            out.line(f"{row.model} at {_percent(row.active)}: {row.note}", "dim")
     for verdict in quality.verdicts():
         good = "is better than static" in verdict
         out.line(verdict, "good" if good else "bad", label="verdict")

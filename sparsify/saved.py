@@ -13,8 +13,9 @@ from torch import nn
 
 from sparsify import hf
 from sparsify.core import REORDERED
+from sparsify.corpus import token_blocks
 from sparsify.errors import BadInput
-from sparsify.findings import Generation, Verification
+from sparsify.findings import Evaluation, Generation, Verification
 from sparsify.report import Report
 from sparsify.report_diff import ReportDiff
 from sparsify.report_diff import diff as diff_reports
@@ -22,6 +23,7 @@ from sparsify.runtime.checkpoint import REPORT, load_folder
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.model import SparseModel
 from sparsify.runtime.spec import RoutedModule
+from sparsify.evaluate import quality
 from sparsify.evidence import check_end_to_end
 
 
@@ -78,6 +80,8 @@ def _report(path: str | Path) -> Report:
         ) from None
     except json.JSONDecodeError as error:
         raise BadInput(f"{file} is not JSON", why=str(error)) from None
+    except BadInput as error:  # it does not know the file
+        raise BadInput(f"no report in {file}", why=error.what, help=error.help) from None
 
 
 def generate(
@@ -135,7 +139,43 @@ def evaluate(
     text: str | Path | Sequence[str],
     *,
     active: Sequence[float] = (1.0, 0.75, 0.5),
+    calibration: Any = "docstrings",
+    pass_name: str | None = None,
+    tokens: int = 16384,
     progress: Any = None,
-) -> Any:
-    """Perplexity at several budgets, with the dense model and static pruning beside it."""
-    raise NotImplementedError
+) -> Evaluation:
+    """Perplexity at several budgets, with the dense model and static pruning beside it.
+
+    The dense model is the sparse one at its dense limit.
+
+    Args:
+        model: a saved folder, or a model in memory with a tokenizer.
+        text: a file, texts, or a built-in kind (``docstrings``, ``licences``: their held-out half).
+        active: budgets to measure at.
+        calibration: text on which static pruning ranks units; None leaves static pruning out.
+        pass_name: turn only this pass's dials; the rest stays as it is set.
+        tokens: of the text, at most.
+    """
+    sparse = model if isinstance(model, SparseModel) else load(model)
+    if sparse.kind != "causal-lm":
+        raise BadInput("only causal language models have a perplexity", help=f"this is a {sparse.kind}")
+    if sparse.tokenizer is None:
+        raise BadInput("the model has no tokenizer", help="compile with tokenizer=...")
+    name, batches = token_blocks(
+        text, sparse.tokenizer, length=256, limit=tokens, split="held-out", seed=0
+    )
+    ranked: Sequence[torch.Tensor] = ()
+    if calibration is not None:
+        _, ranked = token_blocks(calibration, sparse.tokenizer, length=256, limit=8192, seed=1)
+    found = quality(
+        sparse,
+        batches,
+        text=name,
+        active=active,
+        calibration=ranked,
+        run=lambda ids: sparse(input_ids=ids, use_cache=False),
+        pass_name=pass_name,
+        progress=progress,
+    )
+    shown = "model in memory" if isinstance(model, SparseModel) else str(model)
+    return Evaluation(shown, sparse.pipeline, found)

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from sparsify.capture.export import Exported, compare, evaluating, export, run_flat
 from sparsify.capture.failures import failed
-from sparsify.capture.inputs import given, is_transformers, token_ids
+from sparsify.capture.inputs import given, is_transformers, token_ids, vocabulary
 from sparsify.errors import CaptureFailed
 from sparsify.runtime.calling import CausalCall, mask_positions
 from sparsify.runtime.trees import remember
@@ -75,9 +75,9 @@ def capture_causal(
 
 def _example_ids(model: Any, example: Any) -> Tensor:
     """Small (2, T) ids: the caller's first tokens, or random ones."""
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    known = vocabulary(model)
     if example is None:
-        return token_ids(vocabulary, tokens=PAST + 7).to(model.device)
+        return token_ids(known, tokens=PAST + 7).to(model.device)
     args, kwargs = given(example)
     ids = kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
@@ -85,9 +85,9 @@ def _example_ids(model: Any, example: Any) -> Tensor:
             "the example of a causal language model must be token ids of shape (batch, tokens)",
             help="example=tokenizer('some text', return_tensors='pt')",
         )
-    if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
+    if int(ids.max()) >= known or int(ids.min()) < 0:
         raise CaptureFailed(
-            f"the example holds token id {int(ids.max())}, the vocabulary has {vocabulary}",
+            f"the example holds token id {int(ids.max())}, the vocabulary has {known}",
             help="use the tokenizer of this model",
         )
     ids = ids[:2, : PAST + 7].to(model.device)

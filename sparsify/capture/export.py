@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import logging
 import math
 import warnings
@@ -53,18 +54,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without torch's fused inference paths; every training flag is put back."""
     flags = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    noisy = logging.getLogger("torch.export")
-    level = noisy.level
+    loud = ("torch.export", "torch.fx.experimental.symbolic_shapes")
+    noisy = [logging.getLogger(name) for name in loud]
+    levels = [logger.level for logger in noisy]
     model.eval()
     # The fused encoder op would hide a whole layer from the matcher.
     torch.backends.mha.set_fastpath_enabled(False)
-    noisy.setLevel(logging.ERROR)
+    for logger in noisy:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        noisy.setLevel(level)
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in flags:
             module.training = training
@@ -93,9 +97,10 @@ def export(
     for loss, wanted in attempts:
         dims = tuple(dict.fromkeys(a, torch.export.Dim.AUTO) for a in wanted)
         try:
-            program = torch.export.export(
-                wrapper, tuple(example), dynamic_shapes=(dims,), strict=False
-            )
+            with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph of a failure
+                program = torch.export.export(
+                    wrapper, tuple(example), dynamic_shapes=(dims,), strict=False
+                )
         except Exception as error:  # torch.export raises anything
             first = first or error
             continue
@@ -150,14 +155,15 @@ def _range(program: torch.export.ExportedProgram, size: Any) -> tuple[int | None
 
 
 def _fixed(slots: Sequence[Slot], wanted: Sequence[Sequence[int]]) -> Iterator[str]:
-    """A note for the batch or the sequence, where the model needed one size of it."""
-    words = {0: "batch", 1: "sequence length"}
+    """A note for every batch or token dimension of which the model needs one size."""
     for slot, dims in zip(slots, wanted, strict=True):
-        sequences = dims if not slot.floating or len(slot.shape) == 3 else dims[:1]
-        for axis in sequences:
+        for axis in dims if not slot.floating or len(slot.shape) == 3 else dims[:1]:
             size = slot.shape[axis]
-            if size is not None:
-                yield f"'{slot.name}': the {words.get(axis, 'size')} is fixed at {size}"
+            if size is None:
+                continue
+            tokens = axis == 1 and not slot.floating
+            word = "batch" if axis == 0 else "sequence length" if tokens else f"dimension {axis}"
+            yield f"'{slot.name}': the {word} is fixed at {size}"
 
 
 def run_flat(graph: fx.GraphModule, example: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -127,8 +127,16 @@ def token_ids(vocabulary: int, batch: int = BATCH, tokens: int = TOKENS) -> Tens
     return torch.randint(low, vocabulary, (batch, tokens), generator=generator())
 
 
+def vocabulary(model: Any) -> int:
+    """Rows of the token embedding (a config may promise more)."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return int(model.config.get_text_config().vocab_size)
+
+
 def _ids(model: Any) -> Tensor:
-    return token_ids(int(model.get_input_embeddings().weight.shape[0]))
+    return token_ids(vocabulary(model))
 
 
 def _pixels(model: Any) -> Tensor:

@@ -21,7 +21,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="HF folder or id, GGUF file, module:function, .pt2 file, or zoo:NAME.",
+        help="HF folder or id, GGUF file, module:function, .pt2 file, zoo:NAME, smollm2.",
         show_default=False,
     ),
 ]
@@ -42,9 +42,11 @@ PipelineOption = Annotated[
     ),
 ]
 CalibrationOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        metavar="FILE", help="Text that routers and clusters are fitted on.", show_default=False
+        metavar="TEXT",
+        help="Text that routers are fitted on: a file, docstrings or licences.",
+        show_default=False,
     ),
 ]
 DtypeOption = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -32,9 +32,9 @@ def inspect(model: ModelArgument, json: JsonFlag = False, quiet: QuietFlag = Fal
     Lists its regions, what could apply to them, and the near misses; changes nothing.
     """
     checks.model(model)
-    from sparsify import api
-
     with bars(quiet=quiet) as progress:
+        from sparsify import api
+
         found = api.inspect(model, progress=progress)
     print(show.as_json(found.to_dict()) if json else found.text(width=show.width()))
 
@@ -81,20 +81,20 @@ def compile(  # noqa: A001  (the verb's name)
     checks.among("--verify", verify, ("each", "end", "off"))
     checks.among("--dtype", dtype, DTYPES)
     checks.among("--print-after", print_after, ("change", "all"))
-    checks.text_file("--calibration", calibration)
+    checks.text(calibration)
     checks.output_folder(output, force=force)
     checks.output_file("--json", json, force=force)
     checks.graph_folder("--emit-graph", emit_graph, force=force)
     checks.model(model)
-    from sparsify import api
-
     with bars(quiet=quiet) as progress:
+        from sparsify import api
+
         sparse = api.compile(
             model,
             pipeline,
             calibration=calibration,
             active=active,
-            verify=verify,
+            verify=cast("Literal['each', 'end', 'off']", verify),
             seed=seed,
             dtype=dtype,
             progress=progress,
@@ -106,7 +106,7 @@ def compile(  # noqa: A001  (the verb's name)
     if json is not None:
         show.emit(show.as_json(report.to_dict()), json)
     if str(json) != "-":
-        print(report.text(width=show.width()))
+        show.report(report)
         print(f"saved {output}")
 
 
@@ -118,7 +118,7 @@ def refuse_unchanged(report: Any) -> None:
     first = left[0]
     others = len(left) - 1
     raise NothingRewritten(
-        f"{first.pass_name} cannot rewrite {first.region}"
+        f"{first.pass_name} cannot rewrite {first.region or 'the model'}"
         + (f", nor can any pass {others} other region{'s' * (others > 1)}" if others else ""),
         why=first.reason,
         where=f"--> {first.where}" if first.where else None,
@@ -163,11 +163,11 @@ def bisect(
     if pipeline is None:
         raise BadInput("bisect needs a pipeline", help="-p 'ffn-moe{experts=8}'")
     checks.pipeline(pipeline)
-    checks.text_file("--calibration", calibration)
+    checks.text(calibration)
     checks.model(model)
-    from sparsify import api
-
     with bars(quiet=quiet) as progress:
+        from sparsify import api
+
         found = api.bisect(model, pipeline, calibration=calibration, seed=seed, progress=progress)
     print(show.as_json(found.to_dict()) if json else found.text(width=show.width()))
     return 0 if found.ok else 1

@@ -43,6 +43,12 @@ def fractions(option: str, text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
+def at_least(option: str, value: int, least: int) -> None:
+    """Refuse a count that is too small."""
+    if value < least:
+        raise BadInput(f"{option} cannot be {value}", help=f"at least {least}")
+
+
 def among(option: str, value: str | None, legal: Sequence[str]) -> None:
     """Refuse a word that is not one of ``legal``."""
     if value is not None and value not in legal:
@@ -70,26 +76,14 @@ def saved(path: Path) -> None:
         )
 
 
-def text_file(option: str, path: Path | None) -> None:
-    """Refuse a file that is missing, empty or not text."""
-    if path is None:
+def text(source: str | None) -> None:
+    """Refuse a text that is neither a built-in kind nor a readable file."""
+    if source is None:
         return
-    if path.is_dir():
-        raise BadInput(f"{option} {path} is a folder", help="name a text file")
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"cannot read {option} {path}", why=error.strerror) from None
-    if not text.strip():
-        raise BadInput(f"{option} {path} is empty", help="a few thousand words of ordinary text")
-    try:
-        if b"\0" in text:
-            raise ValueError("it holds a zero byte")
-        text.decode()
-    except ValueError as error:
-        raise BadInput(
-            f"{option} {path} is not text", why=str(error).partition(":")[0], help="UTF-8 is read"
-        ) from None
+    from sparsify import corpus
+
+    if source not in corpus.KINDS:
+        corpus.read_text(source)
 
 
 def output_folder(path: Path, *, force: bool) -> None:

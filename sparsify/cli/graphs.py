@@ -25,11 +25,12 @@ def watcher(print_after: str | None, folder: Path | None) -> Callable[[Any, Any]
     def after(step: Any, state: Any) -> None:
         nonlocal count
         count += 1
+        changed = step.count("applied")
         text = (
             f"# after {step.options}: {step.nodes_before} -> {step.nodes_after} operations, "
-            f"{step.count('applied')} regions rewritten\n{state.gm.code.strip()}\n"
+            f"{changed} region{'s' * (changed != 1)} rewritten\n{state.gm.code.strip()}\n"
         )
-        if print_after == "all" or (print_after == "change" and step.count("applied")):
+        if print_after == "all" or (print_after == "change" and changed):
             print(text, file=sys.stderr)
         if folder is not None:
             show.emit(text, folder / f"{count:02}-{step.pass_name}.py")

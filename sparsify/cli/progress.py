@@ -27,10 +27,17 @@ def bars(*, quiet: bool = False) -> Iterator[Progress | None]:
     if screen.width >= 60:
         columns.append(progress.BarColumn(bar_width=min(40, screen.width - 44)))
     columns += [progress.MofNCompleteColumn(), progress.TimeRemainingColumn(compact=True)]
-    with progress.Progress(*columns, console=screen, transient=True) as drawing:
+    # on a terminal, what is printed meanwhile goes above the bars; in a pipe it is left alone
+    above = sys.stdout.isatty()
+    with progress.Progress(
+        *columns, console=screen, transient=True, redirect_stdout=above
+    ) as drawing:
         tasks: dict[str, progress.TaskID] = {}
+        loading: list[progress.TaskID] = [drawing.add_task("loading", total=None)]
 
         def report(event: str, done: int, total: int) -> None:
+            while loading:  # torch and the model are there: the first real event says so
+                drawing.remove_task(loading.pop())
             if event not in tasks:
                 tasks[event] = drawing.add_task(event, total=total or None)
             drawing.update(tasks[event], completed=done, total=total or None)

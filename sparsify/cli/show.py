@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,14 @@ def table(rows: Sequence[Sequence[str]], *, columns: int | None = None, indent: 
         lines.append((start + first).rstrip())
         lines += [" " * lead + line for line in rest]
     return "\n".join(lines)
+
+
+def report(found: Any) -> None:
+    """A compilation's report; in colour on a terminal."""
+    if sys.stdout.isatty():
+        found.print()  # rich, which heeds NO_COLOR and the terminal's width
+    else:
+        print(found.text(width=width()))
 
 
 def as_json(value: Any) -> str:

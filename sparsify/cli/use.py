@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,11 +16,24 @@ from sparsify.errors import BadInput
 def evaluate(
     saved: SavedArgument,
     text: Annotated[
-        Path, typer.Option(metavar="FILE", help="Text to measure on.", show_default=False)
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="Text to measure on: a file, docstrings or licences.",
+            show_default=False,
+        ),
     ],
     active: Annotated[
         str, typer.Option(metavar="A,...", help="Active budgets to measure at.")
     ] = "1,0.75,0.5",
+    calibration: Annotated[
+        str, typer.Option(metavar="TEXT", help="Text that static pruning is fitted on.")
+    ] = "docstrings",
+    only: Annotated[
+        str | None,
+        typer.Option("--pass", metavar="NAME", help="Turn the dials of this pass only."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of TEXT at most.")] = 16384,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -30,12 +42,22 @@ def evaluate(
     Puts the dense model and static pruning at the same budget beside the routed model.
     """
     budgets = checks.fractions("--active", active)
-    checks.text_file("--text", text)
+    checks.at_least("--tokens", tokens, 2)
+    checks.text(text)
+    checks.text(calibration)
     checks.saved(saved)
-    from sparsify import api
-
     with bars(quiet=quiet) as progress:
-        found = api.evaluate(saved, text, active=budgets, progress=progress)
+        from sparsify import api
+
+        found = api.evaluate(
+            saved,
+            text,
+            active=budgets,
+            calibration=calibration,
+            pass_name=only,
+            tokens=tokens,
+            progress=progress,
+        )
     print(show.as_json(found.to_dict()) if json else found.text(width=show.width()))
 
 
@@ -55,8 +77,7 @@ def generate(
 ) -> None:
     """Continue PROMPT with a saved language model."""
     checks.fraction("--active", active)
-    if tokens < 1:
-        raise BadInput(f"--tokens cannot be {tokens}", help="at least 1")
+    checks.at_least("--tokens", tokens, 1)
     if not 0 <= temperature < float("inf"):
         raise BadInput(f"--temperature cannot be {temperature:g}", help="0 or more")
     checks.saved(saved)
@@ -69,13 +90,12 @@ def generate(
 
 
 @app.command()
-def demo(
-    quiet: QuietFlag = False,
-) -> int:
+def demo(quiet: QuietFlag = False) -> int:
     """Tell the whole story on SmolLM2-135M.
 
     Converts it, checks it, turns the dial, and compares with static pruning.
     """
-    from sparsify.demo import run
+    with bars(quiet=quiet) as progress:
+        from sparsify.demo import run
 
-    return run()
+        return run(progress)

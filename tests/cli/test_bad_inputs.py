@@ -200,13 +200,14 @@ VALUES = (
 
 FILES = (
     Row("missing calibration", f"{GOOD} --calibration no.txt",
-        ("cannot read --calibration no.txt", "No such file")),
+        ("no such text file: no.txt", "built-in text: docstrings")),
     Row("calibration is a folder", f"{GOOD} --calibration .", ("is a folder",)),
     Row("calibration is empty", f"{GOOD} --calibration t.txt", ("t.txt is empty",),
         prepare=write("t.txt", " \n\n")),
     Row("calibration is binary", f"{GOOD} --calibration t.txt", ("t.txt is not text",),
         prepare=write("t.txt", b"PK\x03\x04\x00\x00")),
-    Row("calibration is latin-1", f"{GOOD} --calibration t.txt", ("t.txt is not text", "UTF-8"),
+    Row("calibration is latin-1", f"{GOOD} --calibration t.txt",
+        ("t.txt is not UTF-8", "line 1", "iconv"),
         prepare=write("t.txt", "caf\xe9 ".encode("latin-1") * 9)),
     Row("calibration without tokenizer", f"{GOOD} --calibration text.txt", ("tokenizer",),
         prepare=both(OWN, TEXT)),
@@ -257,8 +258,8 @@ SAVED = (
     Row("weights are gone", "verify saved", ("sparsify.safetensors",), prepare=without_weights),
     Row("weights are damaged", "verify saved", ("saved",), prepare=damaged_weights),
     Row("manifest is cut", "verify saved", ("sparsify.json",), prepare=damaged_manifest),
-    Row("not a language model", "generate saved hello", ("language model",), prepare=saved),
-    Row("eval of no language model", "eval saved --text text.txt", ("tokenizer",),
+    Row("not a language model", "generate saved hello", ("tokenizer",), prepare=saved),
+    Row("eval of no language model", "eval saved --text text.txt", ("language models",),
         prepare=both(saved, TEXT)),
 )  # fmt: skip
 
@@ -335,3 +336,18 @@ def test_a_missing_model_in_a_process(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------- as text
+
+
+def test_messages_are_as_accepted(
+    folder: Path, golden: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The messages of all rows that need no model, side by side: what users read when they slip."""
+    shown = []
+    for row in (*PIPELINES, *VALUES, *FILES):
+        if row.prepare is None and not row.command.startswith("diff"):  # diff needs torch
+            main(row.command.split())
+            shown.append(f"$ sparsify {row.command}\n{capsys.readouterr().err}")
+    golden("cli/errors.txt", "\n".join(shown))

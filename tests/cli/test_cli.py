@@ -11,7 +11,7 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def test_compile_hands_on_what_it_was_given(
     (name, positional, options) = api.calls[0]
     assert (name, positional) == ("compile", ("zoo:llama", "ffn-moe{experts=8}"))
     assert options == {
-        "calibration": Path("text.txt"), "active": 0.5, "verify": "end", "seed": 7, "dtype": None,
+        "calibration": "text.txt", "active": 0.5, "verify": "end", "seed": 7, "dtype": None,
         "on_step": None,
     }  # fmt: skip
     out = capsys.readouterr().out
@@ -356,3 +356,18 @@ def test_ctrl_c_is_one_word(tmp_path: Path) -> None:
     )
     assert done.returncode == 130
     assert done.stderr.strip() == "interrupted"
+
+
+# ---------------------------------------------------------------------------- goldens
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_is_as_accepted(
+    verb: str,
+    golden: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([verb, "--help"] if verb else ["--help"]) == 0
+    golden(f"cli/help-{verb or 'sparsify'}.txt", capsys.readouterr().out)

@@ -21,7 +21,7 @@ from sparsify.api import share_clone
 from sparsify.evidence import dense_limit, error_between
 from sparsify.runtime.model import SparseModel
 from sparsify.runtime.router import Router
-from sparsify.runtime.spec import RoutedModule
+from sparsify.weights import dense_weights
 from tests.contract.zoo_captures import MODELS, captured, tokens_of
 
 PASSES = tuple(registry.names())
@@ -115,20 +115,11 @@ def test_names_and_weight_map(name: str, pipeline: str) -> None:
             found: Any = model
             for part in move.sparse.split("."):
                 found = getattr(found, part)  # the map names tensors that exist
-    undone = _dense_again(model)
+    moves = [move for step in model.report.steps for move in step.weights]
+    undone = dense_weights(model, moves)
     for path, tensor in undone.items():
         assert torch.equal(tensor, before[path]), f"{path} does not come back"
     assert moved and set(undone) == moved
-
-
-def _dense_again(model: SparseModel) -> dict[str, torch.Tensor]:
-    """The dense model's weights, taken out of the routed modules by their own inverse."""
-    found: dict[str, torch.Tensor] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, RoutedModule):
-            for name, tensor in module.restored(path, model.report).items():
-                found[name] = tensor
-    return found
 
 
 @pytest.mark.parametrize("pipeline", PASSES)

@@ -14,9 +14,13 @@ from sparsify.capture import Capture, capture
 MODELS = tuple(n for n in zoo.names() if n != "conv")  # conv has nothing to match
 
 
-@functools.cache
 def captured(name: str, dtype: torch.dtype = torch.float32) -> Capture:
     """The zoo model's graph (weights shared by all tests of a worker; no test changes them)."""
+    return _captured(name, dtype)
+
+
+@functools.cache
+def _captured(name: str, dtype: torch.dtype) -> Capture:
     made = zoo.build(name)
     model = made.model.to(dtype)
     example = _pytree.tree_map(

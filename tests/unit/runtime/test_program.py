@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from typing import Any
@@ -46,9 +47,11 @@ def test_copies(program: Program) -> None:
     assert pickle.loads(pickle.dumps(program)) == program
 
 
-def test_float64_stays_float64() -> None:
+def test_wide_programs_stay_in_float64() -> None:
     x = torch.randn(2, dtype=torch.float64)
-    assert torch.equal(NESTED(x, x), x.softmax(-1))
+    wide = dataclasses.replace(NESTED, wide=True)
+    assert torch.equal(wide(x, x), x.softmax(-1))
+    assert Program.from_json(wide.to_json()) == wide
     assert NESTED(x.half(), x.half()).dtype == torch.float32
 
 

@@ -1,0 +1,312 @@
+"""Quality: perplexity, divergence from the dense model, and static pruning at the same budget.
+
+Everything is streamed block by block: one block's logits of two models are in memory, and their
+log-probabilities only for a few positions at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import BadInput
+from sparsify.report import Quality, QualityRow
+from sparsify.runtime.counters import counters, reset
+from sparsify.runtime.dial import set_active
+from sparsify.runtime.router import Router
+from sparsify.static_pruning import Plan, all_live, plan, prunable, pruned, rank
+
+Run = Callable[[Tensor], Any]  # token ids (batch, token) -> logits, or an output that has them
+Progress = Callable[[str, int, int], None]
+_POSITIONS = 64  # log-probabilities of this many positions at a time
+
+
+@dataclasses.dataclass
+class Score:
+    """Sums over the predicted tokens of a text.
+
+    Attributes:
+        tokens: predicted tokens.
+        nll: sum of negative log-likelihoods, nats.
+        kl: sum of KL(dense || model), nats.
+        agree: tokens where both models' most likely next token is the same.
+    """
+
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood; infinite where it overflows."""
+        mean = self.nll / max(self.tokens, 1)
+        return math.exp(mean) if mean < 700 else math.inf
+
+    @property
+    def mean_kl(self) -> float:
+        """Nats a token, never negative."""
+        return max(self.kl / max(self.tokens, 1), 0.0)
+
+    @property
+    def top1(self) -> float:
+        """Fraction of tokens with the dense model's most likely next token."""
+        return self.agree / max(self.tokens, 1)
+
+    def add(self, logits: Tensor, dense: Tensor, ids: Tensor) -> None:
+        """Logits (batch, token, vocabulary) of this model and of the dense one, on ids."""
+        predicted, reference, target = logits[:, :-1], dense[:, :-1], ids[:, 1:]
+        for start in range(0, target.shape[1], _POSITIONS):
+            part = slice(start, start + _POSITIONS)
+            mine = predicted[:, part].float().log_softmax(-1)
+            theirs = reference[:, part].float().log_softmax(-1)
+            wanted = target[:, part]
+            self.nll -= float(mine.gather(-1, wanted.unsqueeze(-1)).double().sum())
+            self.kl += float((theirs.exp() * (theirs - mine)).nansum(dtype=torch.float64))
+            self.agree += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
+            self.tokens += wanted.numel()
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, ``.logits``, ``["logits"]`` or the first item."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    else:
+        found = getattr(output, "logits", None)
+        if found is None and isinstance(output, Sequence) and output:
+            found = output[0]
+    if not isinstance(found, Tensor) or found.dim() != 3:
+        raise BadInput(
+            "the model gives no logits (batch, token, vocabulary)",
+            why=f"its output is a {type(output).__name__}",
+            help="perplexity is defined for language models only",
+        )
+    return found
+
+
+def compare(
+    dense: Run,
+    others: Mapping[str, Run],
+    batches: Iterable[Tensor],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Score]:
+    """Scores of ``dense`` (under that name) and of the others, in one run over the text.
+
+    Args:
+        dense: the reference.
+        others: name -> model.
+        batches: token ids (batch, token), at least two tokens long; every row is taken by itself.
+        progress: called with the rows done.
+
+    Raises:
+        BadInput: there is nothing to predict, or an output without logits.
+    """
+    scores = {name: Score() for name in ("dense", *others)}
+    done = 0
+    with torch.no_grad():
+        for batch in batches:
+            for ids in batch.split(1):
+                reference = logits_of(dense(ids))
+                scores["dense"].add(reference, reference, ids)
+                for name, run in others.items():
+                    scores[name].add(logits_of(run(ids)), reference, ids)
+                done += 1
+                if progress is not None:
+                    progress(done)
+    if not scores["dense"].tokens:
+        raise BadInput("the text is too short to measure on", help="give more text")
+    return scores
+
+
+def perplexity(run: Run, batches: Iterable[Tensor]) -> float:
+    """Of one model."""
+    return compare(run, {}, batches)["dense"].perplexity
+
+
+# ---------------------------------------------------------------------------- routed models
+
+
+def quality(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    text: str,
+    active: Sequence[float] = (1.0, 0.75, 0.5),
+    calibration: Sequence[Tensor] = (),
+    run: Run | None = None,
+    pass_name: str | None = None,
+    progress: Progress | None = None,
+) -> Quality:
+    """The routed model at several budgets, beside the dense model and static pruning.
+
+    Static pruning drops as much as the routed model really did on this text; of several ways to
+    rank units and to share the budget among layers, the best on this very text is reported, which
+    favours the baseline.
+
+    Args:
+        model: with routed modules; its budgets are as before after it.
+        batches: token ids of the text.
+        text: its name.
+        active: budgets.
+        calibration: token ids that static pruning ranks units on; without them it is left out.
+        run: how to call the model on ids; default ``model(ids)``.
+        pass_name: turn and count only what this pass made; the rest stays as it is set.
+        progress: called with ("evaluate", rows done, rows).
+    """
+    call: Run = run or model
+    batches = list(batches)
+    total = sum(len(batch) for batch in batches)
+    passes = 1 + bool(calibration)
+    with _budgets_restored(model), _eval_mode(model):
+        runs = {f"routed {a}": _at(model, call, a, pass_name) for a in active}
+        live: dict[float, dict[str, float]] = {}
+        scores = {}
+
+        def report(offset: int) -> Callable[[int], None] | None:
+            if progress is None:
+                return None
+            return lambda done: progress("evaluate", offset + done, passes * total)
+
+        watched = {n: _counting(model, r, live.setdefault(a, {}), pass_name) for (n, r), a in
+                   zip(runs.items(), active, strict=True)}  # fmt: skip
+        scores = compare(_dense(model, call), watched, batches, progress=report(0))
+        plans = _plans(model, call, calibration, {a: _mean(live[a]) for a in active if a < 1})
+        statics = {name: _static(model, call, p) for name, (_, p) in plans.items()}
+        if statics:
+            found = compare(_dense(model, call), statics, batches, progress=report(total))
+            scores |= {name: found[name] for name in statics}
+    dense = scores["dense"]
+    rows = [QualityRow("dense", 1.0, None, dense.perplexity, 1.0, 0.0, 1.0)]
+    for a in active:
+        fractions = _mean(live[a])
+        realised = sum(fractions.values()) / len(fractions) if fractions else None
+        score = scores[f"routed {a}"]
+        rows.append(_row("routed", a, realised, score, dense))
+        tried = [(scores[n], p) for n, (budget, p) in plans.items() if budget == a]
+        if tried:
+            best, chosen = min(tried, key=lambda item: item[0].perplexity)
+            rows.append(_row("static pruning", a, chosen.active, best, dense, chosen.note))
+    return Quality(text, dense.tokens, tuple(rows))
+
+
+def _row(
+    model: Any, active: float, realised: float | None, score: Score, dense: Score, note: str = ""
+) -> QualityRow:
+    ratio = score.perplexity / dense.perplexity
+    return QualityRow(
+        model, active, realised, score.perplexity, ratio, score.mean_kl, score.top1, note
+    )
+
+
+def _plans(
+    model: nn.Module, call: Run, calibration: Sequence[Tensor], live: Mapping[float, Any]
+) -> dict[str, tuple[float, Plan]]:
+    """Name -> (budget, plan): the ways to prune that are tried at each budget."""
+    if not calibration or not live or not prunable(model):
+        return {}
+    rankings = rank(model, call, calibration)
+    found: dict[str, tuple[float, Plan]] = {}
+    for active, fractions in live.items():
+        layers = {p: f for p, f in fractions.items() if p in rankings}
+        if not layers:
+            continue
+        even = dict.fromkeys(layers, 0.0)
+        for kind in {type(m) for m in prunable(model).values()}:
+            same = [p for p in layers if type(prunable(model)[p]) is kind]
+            even |= dict.fromkeys(same, sum(layers[p] for p in same) / max(len(same), 1))
+        for note, budget, compensate in (
+            ("units ranked by energy", even, False),
+            ("ranked by variance, mean added back", even, True),
+            ("ranked by variance, mean added back, budgets of the routed layers", layers, True),
+        ):
+            chosen = plan(rankings, budget, compensate=compensate, note=note)
+            found[f"static {active} {note}"] = (active, chosen)
+    return found
+
+
+def _dense(model: nn.Module, call: Run) -> Run:
+    def run(ids: Tensor) -> Any:
+        with all_live(model):
+            return call(ids)
+
+    return run
+
+
+def _at(model: nn.Module, call: Run, active: float, pass_name: str | None = None) -> Run:
+    """The model at a budget; routers are set only when they stand elsewhere."""
+    routers = [m for m in model.modules() if isinstance(m, Router)]
+    state: list[tuple[float, int | None]] = []
+
+    def run(ids: Tensor) -> Any:
+        if not routers:
+            return call(ids)
+        if not state:
+            set_active(model, active, pass_name=pass_name)
+            state.extend((r.active, r.k_exact) for r in routers)
+        for router, (budget, exact) in zip(routers, state, strict=True):
+            if (router.active, router.k_exact) != (budget, exact):
+                router.set_active(budget, k_exact=exact, warn=False)
+        return call(ids)
+
+    return run
+
+
+def _static(model: nn.Module, call: Run, chosen: Plan) -> Run:
+    def run(ids: Tensor) -> Any:
+        with pruned(model, chosen):
+            return call(ids)
+
+    return run
+
+
+def _counting(
+    model: nn.Module, run: Run, sums: dict[str, Any], pass_name: str | None = None
+) -> Run:
+    """Adds live and all units of every prunable module to ``sums``."""
+    paths = {p for p, m in prunable(model).items() if pass_name in (None, m.pass_name)}
+
+    def counted(ids: Tensor) -> Any:
+        reset(model)
+        output = run(ids)
+        for path, counter in counters(model):
+            if path in paths:
+                live, units = sums.get(path, (0, 0))
+                sums[path] = (live + counter.units_live, units + counter.units_total)
+        return output
+
+    return counted
+
+
+def _mean(sums: Mapping[str, Any]) -> dict[str, float]:
+    return {path: live / units for path, (live, units) in sums.items() if units}
+
+
+@contextlib.contextmanager
+def _budgets_restored(model: nn.Module) -> Iterator[None]:
+    routers = [m for m in model.modules() if isinstance(m, Router)]
+    before = [(router.active, router.k_exact) for router in routers]
+    try:
+        yield
+    finally:
+        for router, (active, exact) in zip(routers, before, strict=True):
+            router.set_active(active, k_exact=exact, warn=False)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

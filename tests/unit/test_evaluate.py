@@ -1,0 +1,325 @@
+"""Scores against plain formulas, static pruning against a loop; nothing stays changed."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparsify import evaluate
+from sparsify import static_pruning as static
+from sparsify.errors import BadInput
+from sparsify.regions import FeedForward, LinearWeight
+from sparsify.runtime.ffn import RoutedFFN
+from sparsify.runtime.heads import RoutedColumns
+from sparsify.runtime.program import Program, Ref, Step
+from sparsify.runtime.router import Router
+
+VOCAB, D, F, H, C = 23, 8, 12, 4, 3
+GATED = Program(
+    ("up", "gate"),
+    (Step("a", "aten.silu.default", (Ref("gate"),), {}),
+     Step("h", "aten.mul.Tensor", (Ref("a"), Ref("up")), {})),
+    "h",
+)  # fmt: skip
+
+
+class Language(nn.Module):
+    """Embedding, heads, feed-forward layer, vocabulary: a routed language model in ten lines."""
+
+    def __init__(self, order: bool = True) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=g)
+
+        self.embed = nn.Embedding.from_pretrained(draw(VOCAB, D))
+        self.mix = nn.Parameter(draw(H * C, D))
+        self.head_router = Router(draw(H - 1, D), shared=1)
+        columns = torch.randperm(H * C, generator=g).view(H, C)
+        self.heads = RoutedColumns.from_dense(
+            draw(D, H * C),
+            draw(D),
+            columns if order else torch.arange(H * C).view(H, C),
+            draw(H, D),
+        )
+        self.ffn = RoutedFFN.from_dense(
+            draw(F, D), draw(F, D), draw(D, F), draw(F), draw(F), draw(D),
+            order=torch.randperm(F, generator=g), experts=4, activation=GATED,
+            router=Router(draw(3, D), shared=1), dropped=draw(4, D),
+        )  # fmt: skip
+        self.out = nn.Linear(D, VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.heads(torch.tanh(x @ self.mix.t()), self.head_router(x))
+        x = x + self.ffn(x)
+        logits: Tensor = self.out(x)
+        return logits
+
+
+def ids(rows: int = 6, tokens: int = 9) -> Tensor:
+    return torch.randint(0, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+@given(st.integers(1, 3), st.integers(2, 150), st.integers(0, 5))
+def test_scores_are_the_formulas(batch: int, tokens: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    mine, dense = torch.randn(2, batch, tokens, 7, generator=g)
+    target = torch.randint(0, 7, (batch, tokens), generator=g)
+    score = evaluate.Score()
+    score.add(mine, dense, target)
+    p, q = dense[:, :-1].softmax(-1), mine[:, :-1].softmax(-1)
+    nll = nn.functional.cross_entropy(mine[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+    assert score.tokens == batch * (tokens - 1)
+    assert score.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-4)
+    assert score.mean_kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
+    assert score.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+
+
+def test_a_model_compared_with_itself() -> None:
+    model = Language()
+    scores = evaluate.compare(model, {"same": model}, [ids()])
+    assert scores["same"].mean_kl == 0
+    assert scores["same"].top1 == 1
+    assert scores["same"].perplexity == scores["dense"].perplexity
+    assert evaluate.perplexity(model, [ids()]) == scores["dense"].perplexity
+
+
+def test_batching_does_not_matter() -> None:
+    model = Language()
+    whole = evaluate.perplexity(model, [ids()])
+    assert evaluate.perplexity(model, ids().split(2)) == pytest.approx(whole)
+
+
+def test_outputs_of_every_kind() -> None:
+    logits = torch.randn(1, 3, 5)
+    for output in (logits, (logits,), {"logits": logits}, SimpleNamespace(logits=logits)):
+        assert evaluate.logits_of(output) is logits
+    for bad in (None, (), {}, torch.ones(2, 2).tolist(), SimpleNamespace(logits=None)):
+        with pytest.raises(BadInput, match="no logits"):
+            evaluate.logits_of(bad)
+
+
+def test_too_short() -> None:
+    with pytest.raises(BadInput, match="too short"):
+        evaluate.compare(Language(), {}, [])
+
+
+def test_hopeless_models_have_infinite_perplexity() -> None:
+    assert evaluate.Score(tokens=1, nll=1e6).perplexity == math.inf
+
+
+# ---------------------------------------------------------------------------- static pruning
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 1), st.integers(1, 30)), min_size=1, max_size=12))
+def test_whole_units_meet_the_budget(layers: list[tuple[float, int]]) -> None:
+    fractions, units = [a for a, _ in layers], [n for _, n in layers]
+    found = static.counts(fractions, units)
+    assert all(1 <= k <= n for k, n in zip(found, units, strict=True))
+    clamped = any(a * n < 1 for a, n in layers)
+    wanted = sum(a * n for a, n in layers)
+    assert clamped or abs(sum(found) - wanted) <= 1
+
+
+def region(gate: bool = True, bias: bool = True) -> FeedForward:
+    g = torch.Generator().manual_seed(3)
+
+    def role(out: int, width: int, name: str) -> LinearWeight:
+        b = torch.randn(out, generator=g) if bias else None
+        weight = torch.randn(out, width, generator=g)
+        return LinearWeight(weight, b, f"{name}.weight", f"{name}.bias" if bias else None)
+
+    plain = Program(("up",), (Step("h", "aten.relu.default", (Ref("up"),), {}),), "h")
+    found = FeedForward(
+        "mlp", "x.py:1   y", up=role(F, D, "up"), gate=role(F, D, "gate") if gate else None,
+        down=role(D, F, "down"), activation=GATED if gate else plain,
+    )  # fmt: skip
+    found.samples["x"] = torch.randn(200, D, generator=g)
+    return found
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("compensate", [True, False])
+def test_neurons_are_ranked_by_what_they_add(gate: bool, compensate: bool) -> None:
+    ffn = region(gate)
+    dense, moments = static.DenseFFN.of_region(ffn), static.Moments()
+    hidden = dense.hidden(ffn.samples["x"])
+    moments.add(hidden[:50])
+    moments.add(hidden[50:])  # streamed
+    live, extra = static.rank_neurons(dense, moments).choose(5, compensate=compensate)
+    assert int(live.sum()) == 5
+    parts = hidden.unsqueeze(2) * dense.down  # (n, F, D)
+    if compensate:
+        parts = parts - parts.mean(0)
+        mean = (hidden.mean(0) * ~live) @ dense.down
+        torch.testing.assert_close(extra, mean, rtol=1e-4, atol=1e-4)
+    worth = parts.square().sum(2).mean(0)
+    assert set(worth.topk(5).indices.tolist()) == set(live.nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("compensate", [True, False])
+def test_dense_models_are_pruned_and_come_back(bias: bool, compensate: bool) -> None:
+    ffn = region(bias=bias)
+    roles = {"up": ffn.up, "gate": ffn.gate, "down": ffn.down}
+    model = nn.ModuleDict()
+    for name, role in roles.items():
+        assert role is not None
+        model[name] = nn.Linear(role.weight.shape[1], role.weight.shape[0], bias=bias)
+        model[name].load_state_dict(
+            {"weight": role.weight} | ({"bias": role.bias} if role.bias is not None else {})
+        )
+
+    def run(x: Tensor) -> Tensor:
+        out: Tensor = model["down"](nn.functional.silu(model["gate"](x)) * model["up"](x))
+        return out
+
+    x = ffn.samples["x"]
+    before = run(x)
+    weight = model["down"].weight
+    with static.pruned_regions(model, [ffn], 0.5, compensate=compensate):
+        changed = run(x)
+        assert int((model["down"].weight != 0).any(0).sum()) == F // 2
+    assert model["down"].weight is weight
+    assert torch.equal(run(x), before)
+    if compensate:  # the mean over calibration tokens is kept exactly
+        torch.testing.assert_close(changed.mean(0), before.mean(0), rtol=1e-4, atol=1e-4)
+    else:
+        assert not torch.allclose(changed.mean(0), before.mean(0), atol=1e-3)
+
+
+@pytest.mark.parametrize("order", [True, False])
+def test_routed_models_are_pruned_by_the_same_units_for_every_token(order: bool) -> None:
+    model = Language(order)
+    model.head_router.set_active(0.5)
+    model.ffn.router.set_active(0.75)
+    at_budget = model(ids())
+    rankings = static.rank(model, model, [ids()])
+    assert set(rankings) == {"heads", "ffn"}
+    assert rankings["ffn"].units == F
+    with static.all_live(model):
+        dense = model(ids())
+        x = model.embed(ids())
+        z = torch.tanh(x @ model.mix.t())
+        weights = model.heads.dense_weights()
+    assert torch.equal(model(ids()), at_budget)
+
+    for compensate in (False, True):
+        chosen = static.plan(rankings, {"heads": 0.5, "ffn": 0.5}, compensate=compensate, note="")
+        assert chosen.active == 0.5
+        with static.pruned(model, chosen):
+            found = model(ids())
+        # the oracle: head by head, neuron by neuron
+        live, extra = chosen.layers["heads"]
+        places = model.heads.places
+        columns = (torch.arange(H * C) if places is None else places).view(H, C)
+        attended = weights["bias"].clone().expand_as(x)
+        for head in live.nonzero().flatten().tolist():
+            attended = attended + z[..., columns[head]] @ weights["weight"][:, columns[head]].t()
+        y = x + attended + (0 if extra is None else extra)
+        keep, more = chosen.layers["ffn"]
+        ffn = static.DenseFFN.of_routed(model.ffn)
+        assert ffn.down_bias is not None
+        fed = ffn.down_bias + ffn.hidden(y)[..., keep] @ ffn.down[keep]
+        y = y + fed + (0 if more is None else more)
+        torch.testing.assert_close(found, model.out(y), rtol=1e-4, atol=1e-4)
+
+    everything = static.plan(rankings, {"heads": 1.0, "ffn": 1.0}, compensate=True, note="")
+    with static.pruned(model, everything):
+        torch.testing.assert_close(model(ids()), dense, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(ids()), at_budget)
+    assert "forward" not in model.ffn.__dict__
+    assert model.heads.dropped is not None
+
+
+def test_mean_compensation_keeps_the_mean_of_a_layer() -> None:
+    model = Language()
+    rankings = static.rank(model, model, [ids()])
+    caught: list[Tensor] = []
+    handle = model.heads.register_forward_hook(lambda _m, _a, y: caught.append(y))
+    chosen = static.plan(rankings, {"heads": 0.25}, compensate=True, note="")
+    with static.all_live(model):
+        model(ids())
+    with static.pruned(model, chosen):
+        model(ids())
+    handle.remove()
+    means = [y.flatten(0, 1).mean(0) for y in caught]
+    torch.testing.assert_close(means[0], means[1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_error_inside_leaves_nothing_behind() -> None:
+    model = Language()
+    rankings = static.rank(model, model, [ids()])
+    before = model(ids())
+    chosen = static.plan(rankings, {"heads": 0.5, "ffn": 0.5}, compensate=True, note="")
+    with pytest.raises(RuntimeError, match="mine"), static.pruned(model, chosen):
+        raise RuntimeError("mine")
+    assert torch.equal(model(ids()), before)
+
+
+# ---------------------------------------------------------------------------- quality
+
+
+def test_quality_has_dense_routed_and_static_rows() -> None:
+    model = Language()
+    model.head_router.set_active(0.75)
+    model.train()
+    before = model(ids())
+    seen: list[tuple[str, int, int]] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        seen.append((what, done, total))
+
+    found = evaluate.quality(
+        model, [ids()], text="t", active=(1.0, 0.5), calibration=[ids()], progress=progress
+    )
+    assert [(r.model, r.active) for r in found.rows] == [
+        ("dense", 1.0), ("routed", 1.0), ("routed", 0.5), ("static pruning", 0.5),
+    ]  # fmt: skip
+    dense, full, half, pruned = found.rows
+    assert full.perplexity == pytest.approx(dense.perplexity, rel=1e-5)
+    assert full.realised == 1
+    assert half.realised == pytest.approx(0.5)
+    assert pruned.realised == pytest.approx(0.5)
+    assert "ranked by" in pruned.note
+    assert half.kl is not None
+    assert half.kl > 0
+    assert half.ratio == half.perplexity / dense.perplexity
+    assert seen[-1] == ("evaluate", 12, 12)
+    assert [s[1] for s in seen] == list(range(1, 13))
+    assert found.verdicts()
+    assert found.tokens == 6 * 8
+    assert torch.equal(model(ids()), before)
+    assert model.training
+
+
+def test_quality_without_calibration_says_so() -> None:
+    found = evaluate.quality(Language(), [ids()], text="t", active=(0.5,))
+    assert found.row("static pruning") is None
+    assert "was not measured" in found.verdicts()[0]
+
+
+def test_static_row_is_the_best_of_those_tried() -> None:
+    model = Language()
+    found = evaluate.quality(model, [ids()], text="t", active=(0.5,), calibration=[ids()])
+    best = found.row("static pruning", 0.5)
+    assert best is not None
+    rankings = static.rank(model, model, [ids()])
+    tried: list[Any] = []
+    for compensate in (True, False):
+        chosen = static.plan(rankings, {"heads": 0.5, "ffn": 0.5}, compensate=compensate, note="")
+        with static.pruned(model, chosen):
+            tried.append(evaluate.perplexity(model, [ids()]))
+    assert best.perplexity == pytest.approx(min(tried), rel=1e-5)
