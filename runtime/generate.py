@@ -69,7 +69,7 @@ def generate(
         positions = None
         if counted:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        logits, grown = model.run_causal(new, mask, positions, cache)
+        logits, grown = model.run_causal(new, mask, positions, cache, keep=1)
         cache = grown if cached else None
         token = _pick(logits[:, -1].float(), temperature, top_k, top_p, source)
         token = torch.where(running, token, torch.full_like(token, pad))

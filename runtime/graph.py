@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.runtime.program import Program
-
 from sparsify.errors import BadCheckpoint
 from sparsify.runtime.codec import decode, encode, op_name, resolve
+from sparsify.runtime.program import Program
 
 
 def assemble(graph: fx.Graph, root: nn.Module) -> fx.GraphModule:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from sparsify.errors import BadInput, NotCaptured, did_you_mean
 from sparsify.runtime.calling import CallSpec, CausalCall
 from sparsify.runtime.graph import clone, placement
+from sparsify.runtime.lasttokens import LastTokens
 from sparsify.runtime.precision import move
 from sparsify.runtime.trees import record
 
@@ -66,6 +67,7 @@ class SparseModel(nn.Module):
         self.golden = tuple(golden)
         self.tokenizer: Any = None
         self._borrowed = borrowed
+        self._last_tokens = LastTokens()
         self._adopt(graph)
         self.eval()
 
@@ -117,9 +119,12 @@ class SparseModel(nn.Module):
         self.refuse(others)
         if input_ids is None:
             raise NotCaptured("input_ids are missing", why="the graph starts from token ids")
-        logits, cache = self.run_causal(input_ids, attention_mask, position_ids, past_key_values)
+        if labels is not None:  # the loss needs all logits, whatever the caller keeps
+            logits_to_keep = 0
+        logits, cache = self.run_causal(
+            input_ids, attention_mask, position_ids, past_key_values, logits_to_keep
+        )
         loss = None if labels is None else next_token_loss(logits, labels)
-        logits = keep_logits(logits, logits_to_keep)
         keep = use_cache is not False and bool(cache)
         items = {"loss": loss, "logits": logits, "past_key_values": cache if keep else None}
         return record("", **items)
@@ -130,13 +135,21 @@ class SparseModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past: Sequence[tuple[Tensor, Tensor]] | None = None,
+        keep: int | Tensor = 0,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Logits (B, T, V) and the grown cache, from tensors alone."""
+        """Logits (B, T, V) and the grown cache, from tensors alone.
+
+        Args:
+            keep: logits of the last ``keep`` tokens only, or of the positions a tensor names.
+        """
         assert isinstance(self.call_spec, CausalCall)
         flat = self.call_spec.inputs(
             input_ids, attention_mask, position_ids, past, dtype=self.dtype
         )
-        return self.call_spec.unflatten(self.graph.forward(*flat))
+        if isinstance(keep, int) and 0 < keep < input_ids.shape[1]:
+            return self.call_spec.unflatten(self._last_tokens.run(self.graph, flat, keep))
+        logits, cache = self.call_spec.unflatten(self.graph.forward(*flat))
+        return (logits[:, keep] if isinstance(keep, Tensor) else logits), cache
 
     def refuse(self, others: Mapping[str, Any]) -> None:
         """Raise NotCaptured for the first argument that the graph cannot honour."""
@@ -295,13 +308,6 @@ def _routed(module: nn.Module) -> Iterator[nn.Module]:
             yield child
         else:
             yield from _routed(child)
-
-
-def keep_logits(logits: Tensor, keep: int | Tensor) -> Tensor:
-    """The last ``keep`` positions (0 = all), or the positions that a tensor names."""
-    if isinstance(keep, Tensor):
-        return logits[:, keep]
-    return logits[:, -keep:] if keep else logits
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

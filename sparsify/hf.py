@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparsify.errors import BadCheckpoint, BadInput, MissingDependency, NotCaptured
 from sparsify.runtime.calling import CausalCall
 from sparsify.runtime.files import read_json
-from sparsify.runtime.model import SparseModel, keep_logits
+from sparsify.runtime.model import SparseModel
 from sparsify.runtime.trees import record
 
 REMOTE_CODE = "modeling_sparsify.py"
@@ -222,7 +222,9 @@ class HfShell(SparseModel):
         past = read_cache(cache)
         if call.positions is None:
             positions = None  # follows from the mask inside the graph, or the model has none
-        logits, grown = self.run_causal(ids, mask, positions, past)
+        logits, grown = self.run_causal(
+            ids, mask, positions, past, 0 if labels is not None else keep
+        )
         loss = None
         if labels is not None:
             this: Any = self
@@ -233,7 +235,7 @@ class HfShell(SparseModel):
             cache = None
         else:
             cache = write_cache(cache, grown)
-        items = {"loss": loss, "logits": keep_logits(logits, keep), "past_key_values": cache}
+        items = {"loss": loss, "logits": logits, "past_key_values": cache}
         result = record(call.result, **items)
         return result.to_tuple() if tuples else result
 

@@ -20,7 +20,7 @@ from sparsify.probe import annotate
 from sparsify.regions import Matches, NearMiss, Region
 from sparsify.report import Evidence, Step
 from sparsify.reproducer import write_reproducer
-from sparsify.rewrite import node_count, splice
+from sparsify.rewrite import finish, node_count, splice
 from sparsify.runtime.dial import set_active
 from sparsify.text import StageText
 from sparsify.evidence import check_end_to_end, check_regions, key
@@ -113,9 +113,11 @@ def run_stage(
                     "applied", work.name, region.path, region.kind, outcome.note, None, region.where
                 )
             )
-        region.samples = {}  # samples are large: a region's are gone once its pass has run
+        if region.rewritten_by is not None:
+            region.samples = {}  # large, and used up
         if progress is not None:
             progress(work.name, number + 1, len(mine))
+    finish(state.gm)
     remarks += [
         near_miss_remark(m, work.name)
         for m in state.matches.near_misses

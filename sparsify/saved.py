@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from sparsify import hf
 from sparsify.core import REORDERED
 from sparsify.corpus import token_blocks
 from sparsify.errors import BadInput
+from sparsify.evaluate import quality
+from sparsify.evidence import check_end_to_end
 from sparsify.findings import Evaluation, Generation, Verification
+from sparsify.models_hf import tokenizer_of
 from sparsify.report import Report
 from sparsify.report_diff import ReportDiff
 from sparsify.report_diff import diff as diff_reports
@@ -23,8 +27,6 @@ from sparsify.runtime.checkpoint import REPORT, load_folder
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.model import SparseModel
 from sparsify.runtime.spec import RoutedModule
-from sparsify.evaluate import quality
-from sparsify.evidence import check_end_to_end
 
 
 def load(path: str | Path) -> SparseModel:
@@ -37,8 +39,9 @@ def load(path: str | Path) -> SparseModel:
     if isinstance(model.report, dict):
         model.report = Report.from_dict(model.report)
     loaded = hf.attach(model, path)
-    if (Path(path) / "tokenizer_config.json").exists():
-        loaded.tokenizer = hf.load_tokenizer(path)
+    loaded.tokenizer, notes = tokenizer_of(Path(path))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return loaded
 
 

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +109,12 @@ class Ranking:
     Attributes:
         energy: (N,) mean squared size of the unit's part of the output.
         variance: (N,) the same around the unit's mean.
-        mean: (N, D) mean part of the output.
+        mean: dead units (N,) bool -> the mean of their parts together (D,).
     """
 
     energy: Tensor
     variance: Tensor
-    mean: Callable[[Tensor], Tensor]  # dead units (N,) bool -> their mean output (D,)
+    mean: Callable[[Tensor], Tensor]
 
     @property
     def units(self) -> int:
@@ -322,12 +322,6 @@ def _prune_heads(module: Any, live: Tensor, bias: Tensor | None) -> Iterator[Non
 
 
 # ---------------------------------------------------------------------------- dense models
-
-
-class Ranked(Protocol):
-    """A feed-forward region with samples of its input."""
-
-    samples: dict[str, Tensor]
 
 
 @contextlib.contextmanager

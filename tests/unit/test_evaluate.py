@@ -106,7 +106,8 @@ def test_outputs_of_every_kind() -> None:
     logits = torch.randn(1, 3, 5)
     for output in (logits, (logits,), {"logits": logits}, SimpleNamespace(logits=logits)):
         assert evaluate.logits_of(output) is logits
-    for bad in (None, (), {}, torch.ones(2, 2).tolist(), SimpleNamespace(logits=None)):
+    bads: tuple[Any, ...] = (None, (), {}, [[1.0]], SimpleNamespace(logits=None))
+    for bad in bads:
         with pytest.raises(BadInput, match="no logits"):
             evaluate.logits_of(bad)
 
@@ -191,7 +192,8 @@ def test_dense_models_are_pruned_and_come_back(bias: bool, compensate: bool) -> 
     weight = model["down"].weight
     with static.pruned_regions(model, [ffn], 0.5, compensate=compensate):
         changed = run(x)
-        assert int((model["down"].weight != 0).any(0).sum()) == F // 2
+        masked: Any = model["down"].weight
+        assert int(masked.abs().sum(0).count_nonzero()) == F // 2
     assert model["down"].weight is weight
     assert torch.equal(run(x), before)
     if compensate:  # the mean over calibration tokens is kept exactly

@@ -56,13 +56,13 @@ def test_folder_loads_equal_and_silently(saved: Path, capfd: pytest.CaptureFixtu
     assert (loaded.kind, loaded.tokenizer, loaded.example) == ("hf", None, None)
     assert loaded.notes == ()
     dense = zoo.build("llama").model.state_dict()
-    for name, value in loaded.model.state_dict().items():  # type: ignore[union-attr,operator]
+    for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, dense[name])
 
 
 def test_dtype_is_heeded(saved: Path) -> None:
     loaded = models.load(str(saved), dtype="bfloat16")
-    assert next(loaded.model.parameters()).dtype == torch.bfloat16  # type: ignore[union-attr,arg-type,call-overload]
+    assert next(loaded.model.parameters()).dtype == torch.bfloat16
     assert "did you mean 'bfloat16'" in message(BadInput, saved, dtype="bfloat61")
 
 
@@ -102,6 +102,7 @@ def test_exported_program(tmp_path: Path) -> None:
 
 
 @pytest.mark.weights
+@pytest.mark.slow
 def test_smollm2_loads_saves_and_speaks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
     try:
@@ -121,7 +122,8 @@ def test_smollm2_loads_saves_and_speaks(tmp_path: Path, capfd: pytest.CaptureFix
     model.save_pretrained(tmp_path / "m")
     loaded.tokenizer.save_pretrained(tmp_path / "m")
     again = models.load(str(tmp_path / "m"))
-    assert torch.equal(again.model.lm_head.weight, model.lm_head.weight)  # type: ignore[union-attr]
+    saved_again: Any = again.model
+    assert torch.equal(saved_again.lm_head.weight, model.lm_head.weight)
     assert again.tokenizer is not None
 
 

@@ -97,6 +97,12 @@ def test_json_round_trip_is_the_identity() -> None:
     assert Report.from_json(report.to_json()) == report
 
 
+def test_weight_map_round_trips() -> None:
+    moved = Moved("qkv.weight", "query.blocks", "rows by head", "weight", True, ((0, 4), (8, 12)))
+    report = make(steps=(dataclasses.replace(ffn_step(), weights=(moved,)),))
+    assert Report.from_json(report.to_json()).steps[0].weights == (moved,)
+
+
 def test_infinite_tolerance_survives_strict_json() -> None:
     measured = Evidence("end-to-end", "", "APPROXIMATE", "float32", 0.5, 1.0, math.inf, True)
     text = make(end_to_end=measured).to_json()

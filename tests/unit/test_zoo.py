@@ -68,6 +68,7 @@ def test_same_weights_every_time_and_global_seed_untouched() -> None:
     assert not torch.equal(next(one.model.parameters()), next(other.model.parameters()))
 
 
+@pytest.mark.slow
 def test_exports_with_a_dynamic_batch(built: zoo.ZooModel) -> None:
     args, kwargs = example(built)
 

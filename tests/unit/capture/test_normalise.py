@@ -64,8 +64,7 @@ def test_the_rotary_outer_product_survives_autocast() -> None:
 
         def forward(self, positions):
             with torch.autocast("cpu", enabled=False):
-                angles = self.frequencies[None, :, None] @ positions[:, None, :].float()
-            return angles
+                return self.frequencies[None, :, None] @ positions[:, None, :].float()
 
     positions = torch.arange(1000, 1005)[None].repeat(2, 1)
     model = Rotary()

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsify.capture import capture
 from sparsify.errors import BadInput, NotCaptured
+from sparsify.runtime.lasttokens import last_tokens
 from sparsify.runtime.model import SparseModel, next_token_loss
 from tests.unit.runtime.small import causal, routed
 
@@ -112,6 +113,24 @@ def test_causal_calls_without_transformers() -> None:
     torch.testing.assert_close(loss, next_token_loss(whole.logits, ids))
     loss.backward()
     assert model.embed.weight.grad is not None
+
+
+def test_the_head_runs_for_the_kept_tokens_only() -> None:
+    model = causal()
+    ids = torch.randint(0, 20, (2, 6))
+    whole = model(ids)
+    for keep in (1, 3):
+        kept = model(ids, logits_to_keep=keep)
+        torch.testing.assert_close(kept.logits, whole.logits[:, -keep:])
+        assert torch.equal(kept.past_key_values[0][0], whole.past_key_values[0][0])
+    short = last_tokens(model.graph)
+    assert short is not None
+    assert short.embed.weight is model.embed.weight
+    rows = next(n for n in short.graph.nodes if n.target is torch.ops.aten.linear.default).args[0]
+    assert rows.target is torch.ops.aten.slice.Tensor  # before the head, not after it
+    twin = copy.deepcopy(model).double()
+    assert twin(ids, logits_to_keep=1).logits.dtype is torch.float64
+    assert last_tokens(routed().graph) is None
 
 
 @pytest.mark.parametrize(
