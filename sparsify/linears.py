@@ -36,19 +36,22 @@ class Linear:
         """Its weights, restricted to ``rows`` of the output where given."""
         weight = attribute(gm, str(self.weight.target))
         bias = attribute(gm, str(self.bias.target)) if self.bias is not None else None
-        if self.transposed:
-            weight = weight.t()
-        if rows is not None:
-            weight = weight[rows]
-            bias = bias[rows] if bias is not None else None
         return LinearWeight(
-            weight.detach(),
-            bias.detach() if bias is not None else None,
+            _role(weight, rows, self.transposed),
+            _role(bias, rows, False) if bias is not None else None,
             str(self.weight.target),
             str(self.bias.target) if self.bias is not None else None,
             self.transposed,
             rows,
         )
+
+
+def _role(parameter: Tensor, rows: Tensor | None, transposed: bool) -> Tensor:
+    """The parameter as (out, in), restricted to rows; a leaf that says whether it trains."""
+    value = parameter.detach()
+    value = value.t() if transposed else value
+    value = value[rows] if rows is not None else value
+    return value.requires_grad_(parameter.requires_grad)
 
 
 def _parameter(gm: fx.GraphModule, node: object) -> tuple[fx.Node, bool] | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx
 
 from sparsify.core import Claim, Moved, Pass, Refused, Remark, Rewrite
@@ -164,7 +165,8 @@ def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
         return left(f"already rewritten by {region.rewritten_by}")
     try:
         work.check(region)
-        rewrite = work.rewrite(region)
+        with torch.no_grad():
+            rewrite = work.rewrite(region)
     except Refused as refused:
         return left(refused.reason, refused.suggestion)
     for part in rewrite.splices:

@@ -17,6 +17,7 @@ import importlib
 import inspect
 import sys
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,10 @@ def owner(name: str) -> str:
     return _entry(name).owner
 
 
-def _entry(name: str, where: str | None = None) -> Entry:
-    known = entries()
+def _entry(
+    name: str, where: str | None = None, known: Mapping[str, tuple[Entry, ...]] | None = None
+) -> Entry:
+    known = entries() if known is None else known
     if name not in known:
         hint = did_you_mean(name, known) or (f"passes: {', '.join(known)}" if known else None)
         raise UnknownPass(f"no pass named '{name}'", where=where, help=hint)
@@ -116,12 +119,12 @@ def get(name: str) -> type[Pass[Any]]:
 
 def all_passes() -> dict[str, type[Pass[Any]]]:
     """Every pass that works, by name; :func:`problems` says what is wrong with the others."""
-    return _survey()[0]
+    return survey()[0]
 
 
 def problems() -> tuple[PassClash, ...]:
     """One error for each registered name that cannot be used."""
-    return _survey()[1]
+    return survey()[1]
 
 
 def build(stage: StageText) -> Pass[Any]:
@@ -143,12 +146,14 @@ def build(stage: StageText) -> Pass[Any]:
         ) from None
 
 
-def _survey() -> tuple[dict[str, type[Pass[Any]]], tuple[PassClash, ...]]:
+def survey() -> tuple[dict[str, type[Pass[Any]]], tuple[PassClash, ...]]:
+    """:func:`all_passes` and :func:`problems` in one look."""
     good: dict[str, type[Pass[Any]]] = {}
     bad: list[PassClash] = []
-    for name in names():
+    known = entries()  # once: it reads the metadata of every installed distribution
+    for name in known:
         try:
-            good[name] = get(name)
+            good[name] = _load(_entry(name, known=known))
         except PassClash as error:
             bad.append(error)
     return good, tuple(bad)

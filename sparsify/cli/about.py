@@ -26,8 +26,8 @@ def passes(
         found = registry.get(name)
         print(show.as_json(_facts(found)) if json else explain(found))
         return
-    known = registry.all_passes()
-    for problem in registry.problems():
+    known, problems = registry.survey()
+    for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if json:
         print(show.as_json([_facts(p) for p in known.values()]))

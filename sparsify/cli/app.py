@@ -49,6 +49,14 @@ CalibrationOption = Annotated[
         show_default=False,
     ),
 ]
+ExampleOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Inputs to capture with: safetensors, a tensor for each keyword.",
+        show_default=False,
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(metavar="TYPE", help="float32, bfloat16 or float64; as the model if absent."),

@@ -13,6 +13,7 @@ from sparsify.cli.app import (
     DTYPES,
     CalibrationOption,
     DtypeOption,
+    ExampleOption,
     JsonFlag,
     ModelArgument,
     PipelineOption,
@@ -26,16 +27,22 @@ from sparsify.errors import BadInput, NothingRewritten
 
 
 @app.command()
-def inspect(model: ModelArgument, json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+def inspect(
+    model: ModelArgument,
+    example: ExampleOption = None,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
     """Show what the matcher finds in MODEL.
 
     Lists its regions, what could apply to them, and the near misses; changes nothing.
     """
     checks.model(model)
+    checks.file("--example", example)
     with bars(quiet=quiet) as progress:
         from sparsify import api
 
-        found = api.inspect(model, progress=progress)
+        found = api.inspect(model, inputs(example), progress=progress)
     print(show.as_json(found.to_dict()) if json else found.text(width=show.width()))
 
 
@@ -47,6 +54,7 @@ def compile(  # noqa: A001  (the verb's name)
         typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", show_default=False),
     ],
     pipeline: PipelineOption = None,
+    example: ExampleOption = None,
     calibration: CalibrationOption = None,
     active: Annotated[
         float | None,
@@ -81,6 +89,7 @@ def compile(  # noqa: A001  (the verb's name)
     checks.among("--verify", verify, ("each", "end", "off"))
     checks.among("--dtype", dtype, DTYPES)
     checks.among("--print-after", print_after, ("change", "all"))
+    checks.file("--example", example)
     checks.text(calibration)
     checks.output_folder(output, force=force)
     checks.output_file("--json", json, force=force)
@@ -92,6 +101,7 @@ def compile(  # noqa: A001  (the verb's name)
         sparse = api.compile(
             model,
             pipeline,
+            inputs(example),
             calibration=calibration,
             active=active,
             verify=cast("Literal['each', 'end', 'off']", verify),
@@ -108,6 +118,21 @@ def compile(  # noqa: A001  (the verb's name)
     if str(json) != "-":
         show.report(report)
         print(f"saved {output}")
+
+
+def inputs(example: Path | None) -> dict[str, Any] | None:
+    """The keyword arguments that a safetensors file holds."""
+    if example is None:
+        return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(example))
+    except (SafetensorError, OSError) as error:
+        raise BadInput(
+            f"--example {example} is not a readable safetensors file", why=str(error)
+        ) from None
 
 
 def refuse_unchanged(report: Any) -> None:
@@ -154,6 +179,7 @@ def verify(saved: SavedArgument, json: JsonFlag = False) -> int:
 def bisect(
     model: ModelArgument,
     pipeline: PipelineOption = None,
+    example: ExampleOption = None,
     calibration: CalibrationOption = None,
     seed: SeedOption = 0,
     json: JsonFlag = False,
@@ -163,12 +189,15 @@ def bisect(
     if pipeline is None:
         raise BadInput("bisect needs a pipeline", help="-p 'ffn-moe{experts=8}'")
     checks.pipeline(pipeline)
+    checks.file("--example", example)
     checks.text(calibration)
     checks.model(model)
     with bars(quiet=quiet) as progress:
         from sparsify import api
 
-        found = api.bisect(model, pipeline, calibration=calibration, seed=seed, progress=progress)
+        found = api.bisect(
+            model, pipeline, inputs(example), calibration, seed=seed, progress=progress
+        )
     print(show.as_json(found.to_dict()) if json else found.text(width=show.width()))
     return 0 if found.ok else 1
 

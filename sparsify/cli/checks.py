@@ -76,6 +76,12 @@ def saved(path: Path) -> None:
         )
 
 
+def file(option: str, path: Path | None) -> None:
+    """Refuse a file that is not there."""
+    if path is not None and not path.is_file():
+        raise BadInput(f"{option} {path} is {'a folder' if path.is_dir() else 'not there'}")
+
+
 def text(source: str | None) -> None:
     """Refuse a text that is neither a built-in kind nor a readable file."""
     if source is None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from sparsify import registry
 from sparsify.cli import checks, show
 from sparsify.cli.app import JsonFlag, QuietFlag, SavedArgument, SeedOption, app
 from sparsify.cli.progress import bars
@@ -43,6 +44,8 @@ def evaluate(
     """
     budgets = checks.fractions("--active", active)
     checks.at_least("--tokens", tokens, 2)
+    if only is not None:
+        registry.owner(only)  # an unknown name costs no waiting
     checks.text(text)
     checks.text(calibration)
     checks.saved(saved)

@@ -194,6 +194,7 @@ VALUES = (
     Row("no model", "compile", ("missing argument 'MODEL'",)),
     Row("no output", "compile own:good", ("missing option '--output'",)),
     Row("budgets", "eval saved --text text.txt --active 1,x", ("'1,x'",), prepare=TEXT),
+    Row("no such pass", "eval saved --text docstrings --pass ffn-meo", ("mean 'ffn-moe'?",)),
     Row("no tokens", "generate saved hello --tokens 0", ("--tokens cannot be 0",)),
     Row("cold", "generate saved hello --temperature -1", ("--temperature cannot be -1",)),
 )  # fmt: skip
@@ -211,6 +212,9 @@ FILES = (
         prepare=write("t.txt", "caf\xe9 ".encode("latin-1") * 9)),
     Row("calibration without tokenizer", f"{GOOD} --calibration text.txt", ("tokenizer",),
         prepare=both(OWN, TEXT)),
+    Row("no example file", f"{GOOD} --example x.safetensors", ("x.safetensors is not there",)),
+    Row("example is no safetensors", f"{GOOD} --example text.txt",
+        ("--example text.txt is not a readable safetensors file",), prepare=TEXT),
     Row("output exists", GOOD, ("out exists already", "--force replaces it"),
         prepare=write("out/sparsify.json", "{}")),
     Row("output is somebody's folder", f"{GOOD} --force", ("is not a saved sparse model",),

@@ -155,6 +155,7 @@ def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.Simpl
         setattr(stand_in, name, function(name))
     monkeypatch.setitem(sys.modules, "sparsify.api", stand_in)  # type: ignore[arg-type]
     monkeypatch.setattr(sparsify, "api", stand_in, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.chdir(tmp_path)
     return stand_in
 
@@ -167,7 +168,10 @@ def test_compile_hands_on_what_it_was_given(
     args += ["--calibration", "text.txt", "--verify", "end", "--seed", "7", "--json", "r.json"]
     assert main(args) == 0
     (name, positional, options) = api.calls[0]
-    assert (name, positional) == ("compile", ("zoo:llama", "ffn-moe{experts=8}"))
+    assert (name, positional) == (
+        "compile", ("zoo:llama", "ffn-moe{experts=8}", None),
+    )  # fmt: skip
+
     assert options == {
         "calibration": "text.txt", "active": 0.5, "verify": "end", "seed": 7, "dtype": None,
         "on_step": None,
@@ -356,6 +360,51 @@ def test_ctrl_c_is_one_word(tmp_path: Path) -> None:
     )
     assert done.returncode == 130
     assert done.stderr.strip() == "interrupted"
+
+
+# ---------------------------------------------------------------------------- for real
+
+
+def test_a_model_without_an_example_takes_one_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way on a model of six lines: compile, verify, compare, look at the graph."""
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "six_lines.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Mlp(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)\n"
+        "    def forward(self, x):\n"
+        "        return x + self.down(torch.relu(self.up(x)))\n"
+    )
+    save_file({"x": torch.randn(2, 3, 8)}, tmp_path / "x.safetensors")
+    monkeypatch.chdir(tmp_path)
+    command = ["compile", "six_lines:Mlp", "-p", "ffn-moe{experts=4}", "--example", "x.safetensors"]
+    command += [
+        "-o",
+        "out",
+        "--json",
+        "r.json",
+        "--emit-graph",
+        "g",
+        "--print-after",
+        "change",
+        "-q",
+    ]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert "1 of 1 regions changed" in out
+    assert "# after ffn-moe{experts=4}: 4 -> 2 operations, 1 region rewritten" in err
+    assert (tmp_path / "g" / "01-ffn-moe.py").read_text().strip() in err
+    assert main(["verify", "out"]) == 0
+    assert main(["diff", "out", "r.json"]) == 0
+    assert "no difference" in capsys.readouterr().out
+    assert main([*command, "--force"]) == 0
+    assert main(["bisect", *command[1:6], "--json"]) == 0
 
 
 # ---------------------------------------------------------------------------- goldens

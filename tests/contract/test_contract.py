@@ -5,6 +5,8 @@ A new pass in passes/ is picked up here by itself; it brings only tests of what 
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import warnings
 from pathlib import Path
@@ -19,6 +21,7 @@ from sparsify import registry, zoo
 from sparsify.match import find
 from sparsify.api import share_clone
 from sparsify.evidence import dense_limit, error_between
+from sparsify.regions import Region
 from sparsify.runtime.model import SparseModel
 from sparsify.runtime.router import Router
 from sparsify.weights import dense_weights
@@ -26,13 +29,27 @@ from tests.contract.zoo_captures import MODELS, captured, tokens_of
 
 PASSES = tuple(registry.names())
 PAIRS = tuple(itertools.permutations(PASSES, 2))
+
+
+def same_region(pair: tuple[str, str]) -> bool:
+    return registry.get(pair[0]).region_type is registry.get(pair[1]).region_type
+
+
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def compiled(name: str, pipeline: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+@functools.cache
+def compiled(name: str, pipeline: str, dtype: torch.dtype = torch.float32) -> Any:
+    """One model per worker; tests leave it as it was (everything live, no gradients)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return sparsify.compile(captured(name, dtype), pipeline, reproducer=None, **options)
+        warnings.simplefilter("error")
+        return sparsify.compile(captured(name, dtype), pipeline, reproducer=None)
+
+
+@functools.cache
+def regions_of(name: str) -> tuple[Region, ...]:
+    cap = captured(name)
+    return tuple(find(share_clone(cap.graph), cap.example).regions)
 
 
 def worst_relative(model: SparseModel) -> float:
@@ -46,9 +63,8 @@ def worst_relative(model: SparseModel) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_region_is_found(name: str) -> None:
-    cap = captured(name)
     made = zoo.build(name)
-    regions = find(share_clone(cap.graph), cap.example).regions
+    regions = regions_of(name)
     kinds = [region.kind for region in regions]
     assert kinds.count("Attention") == made.attention
     assert kinds.count("FeedForward") == made.feed_forward
@@ -67,8 +83,7 @@ def test_dense_limit(name: str, pipeline: str, dtype: torch.dtype) -> None:
     assert step.count("applied") == 0 or worst_relative(model) <= LIMITS[dtype]
     assert model.report.ok
     kind = registry.get(pipeline).region_type.kind
-    regions = [r for r in find(share_clone(captured(name, dtype).graph),
-                               captured(name, dtype).example).regions if r.kind == kind]
+    regions = [r for r in regions_of(name) if r.kind == kind]
     remarked = [r.region for r in step.remarks if r.kind != "near-miss"]
     assert sorted(remarked) == sorted(r.path for r in regions)
     assert all(r.reason for r in step.remarks)
@@ -78,11 +93,13 @@ def test_dense_limit(name: str, pipeline: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=["fp32", "fp64"])
 def test_dense_limit_of_pairs(name: str, pair: tuple[str, str], dtype: torch.dtype) -> None:
+    if same_region(pair) and dtype == torch.float64:
+        pytest.skip("the second pass does nothing: fp32 shows that")
     model = compiled(name, ",".join(pair), dtype)
     first, second = model.report.steps
     assert first.count("applied") > 0
     assert worst_relative(model) <= LIMITS[dtype]
-    if registry.get(pair[0]).region_type is registry.get(pair[1]).region_type:
+    if same_region(pair):
         assert second.count("applied") == 0
         assert {r.reason for r in second.remarks if r.kind == "left"} == {
             f"already rewritten by {pair[0]}"
@@ -127,20 +144,27 @@ def test_names_and_weight_map(name: str, pipeline: str) -> None:
 def test_save_and_load(name: str, pipeline: str, tmp_path: Path) -> None:
     model = compiled(name, pipeline)
     model.set_active(0.5)
-    model.save(tmp_path / "out")
-    again = sparsify.load(tmp_path / "out")
+    try:
+        _saved_and_loaded(model, tmp_path / "out")
+    finally:
+        model.set_active(1.0)
+
+
+def _saved_and_loaded(model: SparseModel, folder: Path) -> None:
+    model.save(folder)
+    again = sparsify.load(folder)
     assert again.pipeline == model.pipeline
     assert again.report.to_dict() == model.report.to_dict()
     with torch.no_grad():
         for a, b in zip(model.graph(*model.example), again.graph(*model.example), strict=True):
             torch.testing.assert_close(a, b)
-    assert sparsify.verify(tmp_path / "out").ok
+    assert sparsify.verify(folder).ok
 
 
 @pytest.mark.parametrize("pipeline", PASSES)
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_reach_routers_and_units(name: str, pipeline: str) -> None:
-    model = compiled(name, pipeline, share=False)
+    model = copy.deepcopy(compiled(name, pipeline))
     model.set_active(0.6)
     outputs = model.graph(*model.example)
     sum(o.double().square().sum() for o in outputs if o.is_floating_point()).backward()
@@ -156,7 +180,7 @@ def test_gradients_reach_routers_and_units(name: str, pipeline: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_call_signature_is_kept(name: str) -> None:
     made = zoo.build(name)
-    model = sparsify.compile(captured(name), "ffn-moe,attn-moh")
+    model = compiled(name, "ffn-moe,attn-moh")
     if made.example is None:
         ids = torch.randint(3, 120, (2, 9))
         with torch.no_grad():
@@ -179,7 +203,7 @@ def test_calibrated(name: str) -> None:
     batches = tokens_of(cap, name)
     if batches is None:
         pytest.skip("calibration text is for causal language models")
-    model = compiled(name, "ffn-moe,attn-moh", calibration=batches)
+    model = sparsify.compile(cap, "ffn-moe,attn-moh", calibration=batches, reproducer=None)
     assert worst_relative(model) <= 1e-5
     assert all(r.rule == "threshold" for r in model.modules() if isinstance(r, Router))
     model.set_active(0.75)

@@ -25,8 +25,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(path, source / name, symlinks=True, ignore=ignored)
-        else:
+        elif path.exists():
             shutil.copy(path, source / name)
+        else:  # the README comes last
+            (source / name).write_text("not written yet\n")
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "-o", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
