@@ -39,8 +39,8 @@ def divisors_near(neurons: int, experts: int) -> list[int]:
 def neuron_energy(ffn: FeedForward, hidden: Tensor | None) -> Tensor:
     """(F,): variance of what each neuron adds to the output, ``Var[h] * |w_down|^2``.
 
-    The mean can be compensated by a bias, so only the variance counts. Without samples, the product of
-    the norms of a neuron's rows and column.
+    The mean can be compensated by a bias, so only the variance counts. Without samples, the product
+    of the norms of a neuron's rows and column.
     """
     down = ffn.down.weight.float().square().sum(0)
     if hidden is not None:

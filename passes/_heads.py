@@ -17,9 +17,9 @@ def output_blocks(attention: Attention) -> Tensor:
 
 
 def head_energy(attention: Attention) -> Tensor:
-    """(T, H): squared norm of what a token loses if a head gives its mean instead; (1, H) uncalibrated.
+    """(T, H): squared norm of what a token loses if a head gives its mean instead.
 
-    Without samples, the norms of the output blocks stand for it.
+    Without samples (1, H): the norms of the output blocks stand for it.
     """
     blocks = output_blocks(attention)
     context = attention.samples.get("context")
@@ -43,6 +43,7 @@ def head_scores(attention: Attention) -> Tensor:
     Weak (no data says which heads matter for a token), but deterministic and cheap.
     """
     if attention.query_rows is None:
-        return output_blocks(attention).mean(1) @ torch.eye(attention.output.weight.shape[0],
-                                                            attention.width)
+        return output_blocks(attention).mean(1) @ torch.eye(
+            attention.output.weight.shape[0], attention.width
+        )
     return attention.projection.weight.float()[attention.query_rows].mean(1)

@@ -1,4 +1,6 @@
-"""Routers fitted to calibration data: ridge regression on log energy, and what stands in for dead units.
+"""Routers fitted to calibration data, and what stands in for dead units.
+
+Ridge regression on log energy; least squares of what is lost.
 
 Shapes: T calibration tokens, D width, R routed units.
 """

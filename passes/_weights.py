@@ -22,22 +22,27 @@ def packed_ffn(ffn: FeedForward, name: str) -> tuple[Moved, ...]:
         part = " of the fused projection" if linear.rows is not None else ""
         order = f"{how}{part} in the order {base}.order"
         bias = "unchanged" if role == "down" else order
-        moved += _pair(linear, (f"{base}.{role}", order, role),
-                       (f"{base}.{role}_bias", bias, f"{role}_bias"))
+        moved += _pair(
+            linear, (f"{base}.{role}", order, role), (f"{base}.{role}_bias", bias, f"{role}_bias")
+        )
     return tuple(moved)
 
 
 def packed_attention(attention: Attention) -> tuple[Moved, ...]:
     """The weight map of an attention's query and output projections, packed head by head."""
     out, query = (_under(attention.path, name) for name in ("output", "query"))
-    moved = _pair(attention.output, (f"{out}.blocks", "columns by head, transposed", "weight"),
-                  (f"{out}.bias", "unchanged", "bias"))
+    moved = _pair(
+        attention.output,
+        (f"{out}.blocks", "columns by head, transposed", "weight"),
+        (f"{out}.bias", "unchanged", "bias"),
+    )
     if attention.query_rows is not None:
         how = "rows by head"
         if attention.query.rows is not None:
             how += ", the fused key and value rows beside them"
-        moved += _pair(attention.projection, (f"{query}.blocks", how, "weight"),
-                       (f"{query}.bias", how, "bias"))
+        moved += _pair(
+            attention.projection, (f"{query}.blocks", how, "weight"), (f"{query}.bias", how, "bias")
+        )
     return tuple(moved)
 
 

@@ -1,12 +1,12 @@
 """attn-moh: turn attention heads into experts and route every token to a few of them.
 
 Mixture of Heads (Jin et al., arXiv:2410.11842): heads are units, ``y = sum over live heads of
-head_h(x) W_o^h + b_o``; some are shared (always live). Keys and values stay complete, so later tokens can
-attend to every position; the query projection, the scores, the weighted sum and the columns of the output
-projection are computed for live (token, head) pairs only. With grouped queries, a token whose whole
-key/value group is dead costs nothing there. Unlike the paper, weights are exactly one at conversion
-(its two-stage softmax weights change the dense model's output), and what a dead head gives on average
-is added back.
+head_h(x) W_o^h + b_o``; some are shared (always live). Keys and values stay complete, so later
+tokens can attend to every position; the query projection, the scores, the weighted sum and the
+columns of the output projection are computed for live (token, head) pairs only. With grouped
+queries, a token whose whole key/value group is dead costs nothing there. Unlike the paper, weights
+are exactly one at conversion (its two-stage softmax weights change the dense model's output), and
+what a dead head gives on average is added back.
 
 At initialization, all heads live, the output projection is summed head by head: REORDERED.
 """
@@ -23,7 +23,7 @@ from sparsify.regions import Attention
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.runtime.router import Router
+    from sparsify.runtime.router import Router, Rule
 
 TOKENS = 8192  # calibration tokens kept per layer
 
@@ -116,8 +116,8 @@ class AttnMoh(Pass[Attention]):
             return Router(weight, shared=shared, rule="top-k", order=order), None
         x = attention.samples["x"]
         weight, bias = fit_router(x, energy[:, routed])
-        rule = "top-k" if self.router == "top-k" else "threshold"
-        router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule, order=order)  # type: ignore[arg-type]
+        rule: Rule = "top-k" if self.router == "top-k" else "threshold"
+        router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule, order=order)
         router.calibrate(x)
         dropped = head_means(attention).to(dtype) if self.compensate else None
         return router, dropped

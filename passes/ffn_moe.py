@@ -1,14 +1,15 @@
 """ffn-moe: split each feed-forward layer into experts and route every token to a few of them.
 
 The F neurons are permuted into N blocks of equal size; block e with its rows of the up (and gate)
-projection and its columns of the down projection is expert e, and ``y = sum of live experts + bias``.
-Some experts are shared (always live). As in LLaMA-MoE (arXiv:2406.16554) and CMoE (arXiv:2502.04416),
-nothing is trained; unlike them, gate weights are exactly one, a router is a ridge regression on the log
-of what an expert contributes, one threshold per layer lets tokens take as many experts as they need, and
-the mean of what is dropped is added back.
+projection and its columns of the down projection is expert e, and ``y = sum of live experts +
+bias``. Some experts are shared (always live). As in LLaMA-MoE (arXiv:2406.16554) and CMoE
+(arXiv:2502.04416), nothing is trained; unlike them, gate weights are exactly one, a router is a
+ridge regression on the log of what an expert contributes, one threshold per layer lets tokens take
+as many experts as they need, and the mean of what is dropped is added back.
 
-At initialization, all experts live, every neuron is summed once: REORDERED. Without calibration data the
-router scores experts by their mean gate direction, and each token takes the same number of them.
+At initialization, all experts live, every neuron is summed once: REORDERED. Without calibration
+data the router scores experts by their mean gate direction, and each token takes the same number of
+them.
 """
 
 from __future__ import annotations
@@ -140,9 +141,7 @@ class FfnMoe(Pass[FeedForward]):
         weight, bias = fit_router(x, energy)
         dtype = ffn.up.weight.dtype
         rule: Rule = "top-k" if self.router == "top-k" else "threshold"
-        router = Router(
-            weight.to(dtype), bias.to(dtype), shared=shared, rule=rule, comparable=True
-        )
+        router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule, comparable=True)
         router.calibrate(x)
         if not self.compensate:
             return router, None
@@ -183,7 +182,7 @@ class FfnMoe(Pass[FeedForward]):
         return table
 
     def _from_weights(self, ffn: FeedForward, order: Tensor, experts: int, shared: int) -> Router:
-        """Scores by the mean gate (or up) row of an expert, each neuron weighted by its column norm."""
+        """Scores by an expert's mean gate (or up) row, neurons weighted by their column norm."""
         from sparsify.runtime.router import Router
 
         part = ffn.gate if ffn.gate is not None else ffn.up

@@ -1,9 +1,9 @@
 """ffn-upcycle: copy each feed-forward layer into experts that further training can tell apart.
 
-Sparse upcycling (Komatsuzaki et al., arXiv:2212.05055): every expert starts as the whole dense layer, a
-softmax top-k router weights the experts a token uses, and the weights are renormalised to sum to one.
-So whatever the router picks, the sum is the dense layer's output: REORDERED at any budget, before
-training. Parameters grow with ``experts``; the work per token grows with ``k``.
+Sparse upcycling (Komatsuzaki et al., arXiv:2212.05055): every expert starts as the whole dense
+layer, a softmax top-k router weights the experts a token uses, and the weights are renormalised to
+sum to one. So whatever the router picks, the sum is the dense layer's output: REORDERED at any
+budget, before training. Parameters grow with ``experts``; the work per token grows with ``k``.
 """
 
 from __future__ import annotations
@@ -55,4 +55,6 @@ class FfnUpcycle(Pass[FeedForward]):
             copies=True,
         )
         note = f"{self.experts} copies, {self.k} used by each token (softmax weights, sum 1)"
-        return Rewrite((Splice("upcycle", module, ("x",), "ffn"),), packed_ffn(ffn, "upcycle"), note)
+        return Rewrite(
+            (Splice("upcycle", module, ("x",), "ffn"),), packed_ffn(ffn, "upcycle"), note
+        )

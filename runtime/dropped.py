@@ -1,12 +1,14 @@
 """What stands in for dead units: a vector per unit, interpolated over the budget.
 
-A dead unit's mean output, given that it is dead, depends on how many units are: at a low budget good
-units die too. The table holds vectors fitted at a few budgets; between them they are interpolated,
-outside the nearest are used. With everything live nothing is added, so the dense limit stays exact.
+A dead unit's mean output, given that it is dead, depends on how many units are: at a low budget
+good units die too. The table holds vectors fitted at a few budgets; between them they are
+interpolated, outside the nearest are used. With everything live nothing is added, so the dense
+limit stays exact.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +30,7 @@ def at_budget(table: Tensor, budgets: Sequence[float], active: float) -> Tensor:
         return table
     if active <= budgets[0] or len(budgets) == 1:
         return table[0]
-    for low, (a, b) in enumerate(zip(budgets, budgets[1:], strict=False)):
+    for low, (a, b) in enumerate(itertools.pairwise(budgets)):
         if active <= b:
             return torch.lerp(table[low], table[low + 1], (active - a) / (b - a))
     return table[-1]

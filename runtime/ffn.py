@@ -113,18 +113,18 @@ class RoutedFFN(RoutedModule):
                 help=f"one of: {', '.join(str(n) for n in range(2, 65) if hidden % n == 0)}",
             )
 
-        def block(rows: Tensor) -> Tensor:
+        def block(rows: Tensor, trains: bool = False) -> Tensor:
             if copies:
                 packed = rows.detach().repeat(experts, *[1] * (rows.dim() - 1))
             else:
                 packed = rows.detach()[order] if order is not None else rows.detach().clone()
             shaped = packed.reshape(experts, -1, *rows.shape[1:]).contiguous()
-            return shaped.requires_grad_(rows.requires_grad)
+            return shaped.requires_grad_(trains or rows.requires_grad)
 
         return cls(
             block(up),
             None if gate is None else block(gate),
-            block(down.t()),
+            block(down.t(), down.requires_grad),  # t() under no_grad forgets it
             None if up_bias is None else block(up_bias),
             None if gate_bias is None else block(gate_bias),
             down_bias,

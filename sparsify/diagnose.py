@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ClaimFailed
+from sparsify.evidence import check_end_to_end
 from sparsify.findings import Bisection
 from sparsify.pipeline import Stage, State, run_stage
 from sparsify.regions import Region
 from sparsify.report import Evidence
-from sparsify.evidence import check_end_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ def bisect(
 ) -> Bisection:
     """Find the culprit.
 
-    First every region is checked alone on dense activations; if all hold but the model as a whole does
-    not, the number of regions rewritten (in execution order) is bisected.
+    First every region is checked alone on dense activations; if all hold but the model as a whole
+    does not, the number of regions rewritten (in execution order) is bisected.
 
     Args:
         fresh: makes a new, unrewritten State each time it is called.
@@ -39,8 +39,9 @@ def bisect(
             continue
         if failed.scope == "region":
             return Bisection(pipeline, stages[count - 1].work.name, failed.region, failed, runs)
-        regions = [r for r in state.matches.regions
-                   if isinstance(r, stages[count - 1].work.region_type)]
+        regions = [
+            r for r in state.matches.regions if isinstance(r, stages[count - 1].work.region_type)
+        ]
         low, high = 0, len(regions)  # rewriting the first `low` holds, the first `high` fails
         while high - low > 1:
             middle = (low + high) // 2
@@ -57,7 +58,9 @@ def bisect(
                 low = middle
             else:
                 high, failed = middle, found
-        return Bisection(pipeline, stages[count - 1].work.name, regions[high - 1].path, failed, runs)
+        return Bisection(
+            pipeline, stages[count - 1].work.name, regions[high - 1].path, failed, runs
+        )
     return Bisection(pipeline, None, None, None, runs)
 
 

@@ -1,7 +1,7 @@
 """User errors: one class per mistake, each says what, where, why and what to do.
 
-Nothing here imports torch, so usage errors are fast. ``SparsifyError.render`` is the only place that
-lays an error out; the command line prints it and exits with ``exit_code``
+Nothing here imports torch, so usage errors are fast. ``SparsifyError.render`` is the only place
+that lays an error out; the command line prints it and exits with ``exit_code``
 (0 done, 1 a claim failed, 2 usage or bad input, 3 nothing matched).
 """
 

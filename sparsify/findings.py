@@ -50,8 +50,12 @@ class Inspection:
         ]
         groups: dict[tuple[Any, ...], list[RegionRow]] = {}
         for row in self.regions:
-            shape = (row.kind, tuple(sorted((k, str(v)) for k, v in row.facts.items())), row.applies,
-                     tuple(r.reason for r in row.refused))
+            shape = (
+                row.kind,
+                tuple(sorted((k, str(v)) for k, v in row.facts.items())),
+                row.applies,
+                tuple(r.reason for r in row.refused),
+            )
             groups.setdefault(shape, []).append(row)
         for rows in groups.values():
             first = rows[0]

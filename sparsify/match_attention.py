@@ -1,4 +1,4 @@
-"""Attention by roles: softmax(score(q k^T)) v, up to the projections, down to the output projection.
+"""Attention by roles: softmax(score(q k^T)) v, up to its projections and down to the output's.
 
 The anchor is one ``scaled_dot_product_attention`` or a matmul whose left operand comes from a
 softmax over a matmul. Everything between the raw products and the probabilities (scale, soft-cap,
@@ -8,6 +8,7 @@ rows only. Heads are told apart by pushing labels and gradients through whatever
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -305,12 +306,11 @@ def _region(gm: fx.GraphModule, core: _Core, linears: dict[fx.Node, Linear]) -> 
         "y": output.result,
         "query": query.result,
     } | {f"score.{i}": n for i, n in enumerate(core.operands)}
-    try:
+    # attention without a residual connection is attention all the same
+    with contextlib.suppress(Missed):
         ports["stream"] = residual(output.result, query.x)
-    except Missed:
-        pass  # attention without a residual connection is attention all the same
     out = output.tensors(gm)
-    region = Attention(
+    return Attention(
         path=common_path([str(query.weight.target), out.weight_name]),
         where=source_line(core.result.meta),
         heads=heads,
@@ -332,7 +332,6 @@ def _region(gm: fx.GraphModule, core: _Core, linears: dict[fx.Node, Linear]) -> 
         ports=ports,
         sites=sites,
     )
-    return region
 
 
 def _query_is_private(

@@ -1,4 +1,4 @@
-"""Run passes over a captured graph: find, refuse or rewrite, splice, check the claim, write the step.
+"""Run passes over a captured graph: refuse or rewrite, splice, check the claim, write the step.
 
 Every region of a pass's type gets exactly one remark from every stage. A failed claim stops the run
 with a reproducer folder.
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from sparsify.core import Claim, Moved, Pass, Refused, Remark, Rewrite
 from sparsify.costs import facts
 from sparsify.errors import ClaimFailed
+from sparsify.evidence import check_end_to_end, check_regions, key
 from sparsify.probe import annotate
 from sparsify.regions import Matches, NearMiss, Region
 from sparsify.report import Evidence, Step
@@ -24,7 +25,6 @@ from sparsify.reproducer import write_reproducer
 from sparsify.rewrite import finish, node_count, splice
 from sparsify.runtime.dial import set_active
 from sparsify.text import StageText
-from sparsify.evidence import check_end_to_end, check_regions, key
 
 Verify = Literal["each", "end", "off"]
 Progress = Callable[[str, int, int], None]
@@ -85,7 +85,8 @@ def run_stage(
     Args:
         state: changed in place.
         stage: the pass and its selectors.
-        verify: ``each`` checks regions and end to end now, ``end`` leaves it to the caller, ``off``.
+        verify: ``each`` checks regions and end to end now, ``end`` leaves it to the caller,
+        ``off``.
         context: keys per token that the attention cost counts.
         progress: called with (pass name, regions done, regions).
         reproducer: folder under which a failed claim writes its reproducer, None = nowhere.

@@ -1,4 +1,4 @@
-"""What a piece of graph does to positions: labels pushed through data movement, gradients through the rest.
+"""What a piece of graph does to positions: labels pushed through moves, gradients through the rest.
 
 A fused or reshaped projection is understood by running it, not by patterns: integer labels pushed
 through views, splits and transposes say where each element comes from; gradients say which rows a
@@ -26,7 +26,7 @@ CASTS = frozenset("to _to_copy type_as".split())
 
 
 def op_base(node: fx.Node) -> str:
-    """``aten.mul.Tensor`` -> ``mul``; ``operator.getitem`` -> ``getitem``; else the target's name."""
+    """``aten.mul.Tensor`` -> ``mul``, ``operator.getitem`` -> ``getitem``, else the name."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target.overloadpacket.__name__
@@ -150,7 +150,7 @@ def _order(node: fx.Node) -> int:
 
 
 def rows_by_last_dim(start: fx.Node, end: fx.Node) -> Tensor:
-    """Which features of ``start`` (..., F_in) stand in the last dimension of ``end``: int64 (F,)."""
+    """Which features of ``start`` stand in the last dimension of ``end``: int64 (F,)."""
     shape = shape_of(start)
     labels = torch.arange(shape[-1]).expand(shape)
     out = push(start, labels, end)

@@ -136,13 +136,15 @@ class FeedForward(Region):
 class Attention(Region):
     """``y = out(concat_h softmax(score(q_h, k_g(h))) v_g(h))``.
 
-    Ports: ``stream`` as in FeedForward (absent without a residual), ``x`` (..., D) input of the query projection, ``context`` (..., H*dv) input of the output
-    projection, ``y`` result, and ``q`` (B, H, T, d), ``k`` (B, G, S, d), ``v`` (B, G, S, dv) as they
-    enter the scores, plus ``score.0`` ... the tensors that ``score`` reads (masks, biases).
+    Ports: ``stream`` as in FeedForward (absent without a residual), ``x`` (..., D) input of the
+    query projection, ``context`` (..., H*dv) input of the output projection, ``y`` result, and
+    ``q`` (B, H, T, d), ``k`` (B, G, S, d), ``v`` (B, G, S, dv) as they enter the scores, plus
+    ``score.0`` ... the tensors that ``score`` reads (masks, biases).
     Sites: ``query`` (the projection that yields q rows; absent where rows cannot be told per head),
     ``attend`` (scores, softmax, weighted sum -> (B, H, T, dv)), ``output`` (the projection).
-    ``query`` is the query role alone, ``projection`` the whole projection that holds it (with key and
-    value rows where they are fused), ``query_rows`` (H, r) the rows of each head in ``projection``.
+    ``query`` is the query role alone, ``projection`` the whole projection that holds it (with key
+    and value rows where they are fused), ``query_rows`` (H, r) the rows of each head in
+    ``projection``.
     ``score`` maps raw ``q k^T`` (..., T, S) and the score operands to probabilities, row by row.
     """
 

@@ -1,8 +1,8 @@
-"""Reproducers: a failed region cut out of its model, small enough to send, and run again from a folder.
+"""Reproducers: a failed region cut out of its model, small enough to send, run from a folder.
 
 The folder is a saved sparse model that holds just the region: its routed modules, the operations
-between them, the real activations that entered it, and the dense result. ``reproducer.json`` has the
-claim, the tolerance, the pipeline and the versions.
+between them, the real activations that entered it, and the dense result. ``reproducer.json`` has
+the claim, the tolerance, the pipeline and the versions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from sparsify.core import Claim
 from sparsify.errors import BadCheckpoint, SparsifyError
+from sparsify.evidence import dense_limit, error_between, forced_values
 from sparsify.probe import attribute
 from sparsify.regions import Region
 from sparsify.report import Evidence
@@ -27,7 +28,6 @@ from sparsify.runtime.calling import ModuleCall, Slot
 from sparsify.runtime.checkpoint import load_folder
 from sparsify.runtime.graph import assemble, attach
 from sparsify.runtime.model import SparseModel
-from sparsify.evidence import dense_limit, error_between, forced_values
 
 FILE = "reproducer.json"
 
@@ -74,7 +74,7 @@ def write_reproducer(
     evidence: Evidence,
     marks: Mapping[fx.Node, Tensor],
 ) -> str | None:
-    """Write the region's reproducer under ``base``; its path, or None where it cannot be written."""
+    """Write the region's reproducer under ``base``; its path, or None if that is impossible."""
     digest = hashlib.sha256(f"{pipeline}|{region.path}|{evidence.error}".encode()).hexdigest()[:8]
     folder = Path(base) / f"sparsify-claim-{digest}"
     try:
@@ -134,15 +134,18 @@ def cut_out(
         twin[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
     graph.output((twin[result],))
     names = [n.name for n in graph.nodes if n.op == "placeholder"]
-    slots = tuple(Slot(n, tuple(t.shape), (), t.is_floating_point())
-                  for n, t in zip(names, tensors, strict=True))
-    call = ModuleCall(slots, tuple(names), {n: {"kind": "tensor"} for n in names},
-                      {"kind": "tensor"}, "region")
+    slots = tuple(
+        Slot(n, tuple(t.shape), (), t.is_floating_point())
+        for n, t in zip(names, tensors, strict=True)
+    )
+    call = ModuleCall(
+        slots, tuple(names), {n: {"kind": "tensor"} for n in names}, {"kind": "tensor"}, "region"
+    )
     return SparseModel(assemble(graph, root), call, example=tensors, golden=(expected,))
 
 
 def _inside(region: Region) -> set[fx.Node]:
-    """Nodes between the region's input and its result; keys, values and masks enter from outside."""
+    """Nodes between the region's input and result; keys, values and masks enter from outside."""
     stop = {node for name, node in region.ports.items() if name in ("x", "k", "v")}
     stop |= {node for name, node in region.ports.items() if name.startswith("score.")}
     first = region.ports["x"]
@@ -156,7 +159,7 @@ def _inside(region: Region) -> set[fx.Node]:
         if node in stop or int(node.meta["order"]) < order:
             return False
         if node not in depends:
-            depends[node] = any([reaches(a) for a in node.all_input_nodes])
+            depends[node] = any(list(map(reaches, node.all_input_nodes)))
             if depends[node]:
                 inside.add(node)
         return depends[node]
@@ -188,6 +191,7 @@ def reproduce(folder: str | Path) -> Reproduction:
     tolerance = then.tolerance
     if scale > 0 and then.scale > 0 and Claim("EXACT").kind != then.claim:
         tolerance = then.tolerance * scale / then.scale
-    now = dataclasses.replace(then, error=error, scale=scale, tolerance=tolerance,
-                              ok=error <= tolerance)
+    now = dataclasses.replace(
+        then, error=error, scale=scale, tolerance=tolerance, ok=error <= tolerance
+    )
     return Reproduction(str(folder), data["pipeline"], data["region"], then, now)

@@ -1,4 +1,4 @@
-"""Splice routed modules over a region's sites, keep provenance, drop what nothing reads any more."""
+"""Splice routed modules over a region's sites, keep provenance, drop what nothing reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from sparsify.core import Rewrite
 from sparsify.errors import SparsifyBug
-from sparsify.probe import op_base
+from sparsify.probe import attribute, op_base
 from sparsify.regions import Region
 
 
@@ -105,15 +105,16 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def drop_unread(gm: fx.GraphModule) -> None:
-    """Delete parameters, buffers and modules that no node names."""
-    read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    """Delete weights and modules that no node names (other names of a tied tensor stay)."""
+    names = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    read = {id(attribute(gm, name)) for name in names}
     called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
 
     def clean(module: nn.Module, path: str) -> bool:
         if path in called:
             return True
         for store in (module._parameters, module._buffers):
-            for name in [n for n in store if f"{path}.{n}".lstrip(".") not in read]:
+            for name in [n for n, tensor in store.items() if id(tensor) not in read]:
                 del store[name]
         for name, child in list(module._modules.items()):
             if child is None or not clean(child, f"{path}.{name}".lstrip(".")):

@@ -46,12 +46,14 @@ def load(path: str | Path) -> SparseModel:
 
 
 def verify(path: str | Path | SparseModel) -> Verification:
-    """Run a saved model at its dense limit on its stored example against the dense model's outputs."""
+    """Run a model at its dense limit on its stored example, against the dense outputs."""
     model = path if isinstance(path, SparseModel) else load_folder(path)
     if not model.golden:
         raise BadInput("the model has no stored example to verify with", where=str(path))
     claims = [(REORDERED, length_of(m)) for m in model.modules() if isinstance(m, RoutedModule)]
-    evidence = check_end_to_end(model.graph, model.example, model.golden, claims or [(REORDERED, 1)])
+    evidence = check_end_to_end(
+        model.graph, model.example, model.golden, claims or [(REORDERED, 1)]
+    )
     name = model.pipeline if isinstance(path, SparseModel) else str(path)
     return Verification(name, (evidence,))
 
@@ -161,7 +163,9 @@ def evaluate(
     """
     sparse = model if isinstance(model, SparseModel) else load(model)
     if sparse.kind != "causal-lm":
-        raise BadInput("only causal language models have a perplexity", help=f"this is a {sparse.kind}")
+        raise BadInput(
+            "only causal language models have a perplexity", help=f"this is a {sparse.kind}"
+        )
     if sparse.tokenizer is None:
         raise BadInput("the model has no tokenizer", help="compile with tokenizer=...")
     name, batches = token_blocks(

@@ -15,8 +15,8 @@ from sparsify.runtime.spec import RoutedModule
 def dense_weights(model: nn.Module, moved: Iterable[Moved]) -> dict[str, Tensor]:
     """Dense state-dict name -> tensor, for every weight that the passes moved.
 
-    Before any training this is the dense model's state bit for bit; of upcycled experts the first one
-    is taken.
+    Before any training this is the dense model's state bit for bit; of upcycled experts the first
+    one is taken.
 
     Args:
         model: the sparse model.

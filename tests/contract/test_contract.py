@@ -18,9 +18,9 @@ from torch.utils import _pytree
 
 import sparsify
 from sparsify import registry, zoo
-from sparsify.match import find
 from sparsify.api import share_clone
 from sparsify.evidence import dense_limit, error_between
+from sparsify.match import find
 from sparsify.regions import Region
 from sparsify.runtime.model import SparseModel
 from sparsify.runtime.router import Router

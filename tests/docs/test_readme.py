@@ -1,6 +1,7 @@
 """Every code block of the README runs, and shows what it really prints.
 
-``python`` blocks run one after the other in one namespace; a ``text`` block behind one is its output.
+``python`` blocks run one after the other in one namespace; a ``text`` block behind one is its
+output.
 ``console`` blocks: each ``$`` line runs in one temporary folder; what follows is its output.
 ``sh`` blocks hold the make targets: they must exist. Figures that differ from machine to machine
 are written as ``...`` in the README.
@@ -56,16 +57,26 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_console_blocks(tmp_path: Path) -> None:
-    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                       COLUMNS="100", NO_COLOR="1", TERM="dumb")
+    environment = dict(
+        os.environ,
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        COLUMNS="100",
+        NO_COLOR="1",
+        TERM="dumb",
+    )
     for kind, text in BLOCKS:
         if kind != "console":
             continue
         for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
             command, _, shown = part.partition("\n")
             ran = subprocess.run(
-                shlex.split(command), cwd=tmp_path, env=environment, text=True,
-                capture_output=True, timeout=300, check=False,
+                shlex.split(command),
+                cwd=tmp_path,
+                env=environment,
+                text=True,
+                capture_output=True,
+                timeout=300,
+                check=False,
             )
             assert ran.returncode == 0, f"{command}\n{ran.stderr}"
             assert matches(shown, ran.stdout), f"{command}\n{ran.stdout}"
