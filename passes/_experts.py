@@ -72,7 +72,10 @@ def group(
     rest = rest.sort().values
     if split == "contiguous" or experts - shared < 2:
         return torch.cat([always, rest])
-    owner = balanced_kmeans(_fingerprints(ffn, hidden)[rest], experts - shared, seed=seed)
+    rounds = 8 if hidden is not None else 3  # weights say little: no reason to spend time on them
+    owner = balanced_kmeans(
+        _fingerprints(ffn, hidden)[rest], experts - shared, iterations=rounds, seed=seed
+    )
     return torch.cat([always, rest[owner.argsort(stable=True)]])
 
 
@@ -118,8 +121,8 @@ def balanced_kmeans(vectors: Tensor, k: int, *, iterations: int = 8, seed: int =
 def _assign(similarity: Tensor, capacity: int) -> Tensor:
     """Each row to one column, ``capacity`` rows a column, by rounds of proposals.
 
-    Among those that propose to a full column, the rows that lose most by going elsewhere stay. An
-    exact assignment costs O(n^3) and made the clusters no better in use.
+    Among those that propose to a full column, the rows that lose most by going elsewhere stay. (An
+    exact assignment costs O(n^3): too slow for every k-means round of every layer.)
     """
     rows, columns = similarity.shape
     owner = torch.full((rows,), -1, dtype=torch.long)

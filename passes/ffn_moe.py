@@ -157,28 +157,23 @@ class FfnMoe(Pass[FeedForward]):
         router: Router,
     ) -> Tensor:
         """(P, N, D): what to add for dead experts at each of BUDGETS."""
-        import torch
-
         from sparsify.passes._experts import mean_outputs
         from sparsify.passes._ridge import fit_compensation
 
         prior = mean_outputs(ffn, hidden, order, experts)
-        block = len(order) // experts
+        block, shared = len(order) // experts, router.shared
         step = max(1, len(x) // FIT_TOKENS)
-        x, hidden = x[::step], hidden[::step]
-        columns = ffn.down.weight.float().T[order]
+        routed = order[shared * block :]
+        neurons = hidden[::step][:, routed].float()
+        columns = ffn.down.weight.float().T[routed]
+        scores = router.scores(x[::step])
         table = prior.repeat(len(BUDGETS), 1, 1)
-        shared = router.shared
-        with torch.no_grad():
-            scores = router.scores(x)
-            for at, budget in enumerate(BUDGETS):
-                router.set_active(budget, warn=False)
-                dead = ~router.live(scores)
-                mask = dead.repeat_interleave(block, dim=1)
-                part = hidden[:, order[shared * block :]].float() * mask
-                lost = part @ columns[shared * block :]
-                table[at, shared:] = fit_compensation(dead, lost, prior[shared:])
-            router.set_active(1.0)
+        for at, budget in enumerate(BUDGETS):
+            router.set_active(budget, warn=False)
+            dead = ~router.live(scores)
+            lost = (neurons * dead.repeat_interleave(block, dim=1)) @ columns
+            table[at, shared:] = fit_compensation(dead, lost, prior[shared:])
+        router.set_active(1.0)
         return table
 
     def _from_weights(self, ffn: FeedForward, order: Tensor, experts: int, shared: int) -> Router:

@@ -149,7 +149,7 @@ def compile(  # noqa: A001  (the verb of the product)
     else:
         last = next((e for e in steps[-1].evidence if e.scope == "end-to-end"), None)
         last = last or check_end_to_end(state.gm, state.example, state.golden, state.claims)
-        stop_on_failure(state, stages[-1], [last], reproducer)
+        stop_on_failure(state, None, [last], reproducer)
     if active is not None and state.claims:
         set_active(state.gm, active)
     annotate(state.gm, state.example)

@@ -151,7 +151,7 @@ def _region(gm: fx.GraphModule, down: Linear, tree: _Tree, sources: list[Linear]
         value = attribute(gm, str(constant.target))
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise Missed("activation", f"a learned tensor {constant.target} acts on the neurons")
-        scalars[constant] = float(value)
+        scalars[constant] = float(value.detach())
     weights: dict[fx.Node, LinearWeight] = {}
     for leaf, source in tree.leaves.items():
         rows = None

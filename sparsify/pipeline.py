@@ -24,7 +24,7 @@ from sparsify.report import Evidence, Step
 from sparsify.reproducer import write_reproducer
 from sparsify.rewrite import finish, node_count, splice
 from sparsify.runtime.dial import set_active
-from sparsify.text import StageText
+from sparsify.text import StageText, unparse
 
 Verify = Literal["each", "end", "off"]
 Progress = Callable[[str, int, int], None]
@@ -44,7 +44,7 @@ class Stage:
 
 @dataclasses.dataclass
 class State:
-    """What a run of passes changes: the graph, its regions, the claims made so far.
+    """What a run of passes changes: the graph, its regions, the stages and claims so far.
 
     ``dense`` holds every region's result on the example before any rewrite (float, small).
     """
@@ -55,6 +55,7 @@ class State:
     matches: Matches
     dense: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     claims: list[tuple[Claim, int]] = dataclasses.field(default_factory=list)
+    stages: list[Stage] = dataclasses.field(default_factory=list)
     only: Callable[[Region], bool] | None = None  # bisect narrows the regions with this
 
 
@@ -96,6 +97,7 @@ def run_stage(
     """
     start = time.perf_counter()
     work = stage.work
+    state.stages.append(stage)
     before = facts(state.gm, state.matches.regions, context=context)
     nodes_before = node_count(state.gm)
     remarks: list[Remark] = []
@@ -189,15 +191,21 @@ def near_miss_remark(miss: NearMiss, pass_name: str) -> Remark:
 
 
 def stop_on_failure(
-    state: State, stage: Stage, evidence: Sequence[Evidence], reproducer: str | None
+    state: State, stage: Stage | None, evidence: Sequence[Evidence], reproducer: str | None
 ) -> None:
-    """Raise ClaimFailed for the worst failed evidence, after writing its reproducer."""
+    """Raise ClaimFailed for the worst failed evidence, after writing its reproducer.
+
+    Args:
+        stage: the one to blame; None = any of those run so far.
+    """
     failed = [e for e in evidence if not e.ok]
     if not failed:
         return
     worst = max(failed, key=lambda e: (e.scope == "region", e.error / max(e.tolerance, 1e-300)))
-    by_path = {r.path: r for r in state.matches.regions if isinstance(r, stage.work.region_type)}
-    region = by_path.get(worst.region)
+    kind = stage.work.region_type if stage is not None else Region
+    by_path = {r.path: r for r in state.matches.regions if isinstance(r, kind)}
+    region = by_path.get(worst.region) if worst.scope == "region" else None
+    pipeline = unparse([s.text for s in state.stages])
     folder = None
     if reproducer is not None and region is not None:
         marks = {
@@ -211,13 +219,13 @@ def stop_on_failure(
             state.example,
             region,
             state.dense[key(region)],
-            str(stage.text),
+            str(stage.text) if stage is not None else pipeline,
             worst,
             marks,
         )
     place = worst.region or "the model's outputs"
     error = ClaimFailed(
-        f"{stage.work.name} does not keep its claim at {place}",
+        f"{stage.work.name if stage else pipeline} does not keep its claim at {place}",
         why=f"claim {worst.claim} at the dense limit: error {worst.error:.3g} > tolerance "
         f"{worst.tolerance:.3g} (output scale {worst.scale:.3g}, {worst.dtype}); "
         f"{len(failed)} of {len(evidence)} checks failed",
@@ -225,7 +233,7 @@ def stop_on_failure(
         help=(
             f"sparsify reproduce {folder}"
             if folder
-            else f"sparsify bisect MODEL -p '{stage.text}' names the region"
+            else f"sparsify bisect MODEL -p '{pipeline}' names the region"
         ),
     )
     error.reproducer = folder

@@ -176,6 +176,9 @@ _SPELLING: dict[Any, Any] = {
     for overload in ("Tensor", "Scalar")
     if hasattr(getattr(aten, plain), overload)
 }
+# A view needs the strides that the dense model's operations happen to give (sdpa's transposed
+# result: export drops a `contiguous()` that did nothing there); a routed module gives others.
+_SPELLING[aten.view.default] = aten.reshape.default
 
 
 # ---------------------------------------------------------------------------- the plain graph

@@ -50,7 +50,7 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            exec(compile(code, f"README block {at}", "exec"), namespace)
+            exec(compile(code, f"README block {at}", "exec", dont_inherit=True), namespace)
         following = BLOCKS[at + 1] if at + 1 < len(BLOCKS) else ("", "")
         if following[0] == "text":
             assert matches(following[1], out.getvalue()), out.getvalue()
