@@ -19,7 +19,7 @@ from sparsify.runtime.cost import Cost
 from sparsify.runtime.dispatch import HALF, LiveRows, Plan, Sum, join_graph, plan, watched
 from sparsify.runtime.dropped import at_budget
 from sparsify.runtime.program import Program
-from sparsify.runtime.router import Router, as_parameter
+from sparsify.runtime.router import Router, as_parameter, own
 from sparsify.runtime.spec import RoutedModule, dtype_name, dtype_of, nested, routed
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class RoutedFFN(RoutedModule):
             block(down.t(), down.requires_grad),  # t() under no_grad forgets it
             None if up_bias is None else block(up_bias),
             None if gate_bias is None else block(gate_bias),
-            down_bias,
+            None if down_bias is None else own(down_bias),
             activation=activation,
             router=router,
             dropped=dropped,

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsify.errors import BadInput
 from sparsify.runtime.cost import Cost
 from sparsify.runtime.dispatch import Sum, join_graph, plan
-from sparsify.runtime.router import as_parameter
+from sparsify.runtime.router import as_parameter, own
 from sparsify.runtime.spec import RoutedModule, dtype_name, dtype_of, routed
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class RoutedColumns(RoutedModule):
         ordered = torch.equal(places, torch.arange(columns, device=places.device))
         return cls(
             packed.requires_grad_(weight.requires_grad),
-            bias,
+            None if bias is None else own(bias),
             dropped=dropped,
             places=None if ordered else places,
         )

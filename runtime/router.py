@@ -318,3 +318,8 @@ def as_parameter(tensor: Tensor, trainable: bool | None = None) -> nn.Parameter:
     """``tensor`` as a parameter of its own; ``trainable`` None keeps its ``requires_grad``."""
     grad = tensor.requires_grad if trainable is None else trainable
     return nn.Parameter(tensor.detach(), requires_grad=grad and tensor.is_floating_point())
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A copy that trains if ``tensor`` does: a moved weight is not the dense model's any more."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

@@ -22,7 +22,7 @@ from sparsify.probe import annotate
 from sparsify.regions import Matches, NearMiss, Region
 from sparsify.report import Evidence, Step
 from sparsify.reproducer import write_reproducer
-from sparsify.rewrite import finish, node_count, splice
+from sparsify.rewrite import finish, node_count, renamed, splice
 from sparsify.runtime.dial import set_active
 from sparsify.text import StageText, unparse
 
@@ -109,9 +109,9 @@ def run_stage(
         if isinstance(outcome, Remark):
             remarks.append(outcome)
         else:
-            splice(state.gm, region, outcome, work.name, state.matches.regions)
+            names = splice(state.gm, region, outcome, work.name, state.matches.regions)
             done.append((region, work.claim, outcome.length or region.length))
-            moved.extend(outcome.weights)
+            moved.extend(renamed(outcome.weights, names))
             remarks.append(
                 Remark(
                     "applied", work.name, region.path, region.kind, outcome.note, None, region.where

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
 
-from sparsify.core import Rewrite
+from sparsify.core import Moved, Rewrite
 from sparsify.errors import SparsifyBug
 from sparsify.probe import attribute, op_base
 from sparsify.regions import Region
@@ -14,8 +16,12 @@ from sparsify.regions import Region
 
 def splice(
     gm: fx.GraphModule, region: Region, rewrite: Rewrite, pass_name: str, regions: list[Region]
-) -> None:
+) -> dict[str, str]:
     """Put a rewrite's modules into the graph and update every region's nodes.
+
+    Returns:
+        where modules were meant to live -> where they live, where the model's own names stood in
+        the way; weight maps follow it (see :func:`renamed`).
 
     Args:
         gm: the graph; changed in place.
@@ -26,6 +32,8 @@ def splice(
     """
     handles: dict[str, fx.Node] = dict(region.ports)
     replaced: dict[fx.Node, fx.Node] = {}
+    names: dict[str, str] = {}
+    path = region.path.split("#")[0]
     for part in rewrite.splices:
         missing = [name for name in part.inputs if name not in handles]
         if missing or (part.site is not None and part.site not in region.sites):
@@ -34,7 +42,10 @@ def splice(
                 where=f"{region.path}: ports {sorted(region.ports)}, sites {sorted(region.sites)}",
                 help="see sparsify/regions.py for the ports and sites of each region",
             )
-        target = _free_name(gm, region.path.split("#")[0], part.name)
+        target = _free_name(gm, path, part.name)
+        wanted = f"{path}.{part.name}" if path else part.name
+        if target != wanted:
+            names[wanted] = target
         gm.add_submodule(target, part.module)
         inputs = [replaced.get(handles[name], handles[name]) for name in part.inputs]
         old = region.sites[part.site].result if part.site is not None else None
@@ -60,6 +71,21 @@ def splice(
     region.rewritten_by = pass_name
     for order, node in enumerate(gm.graph.nodes):
         node.meta["order"] = order
+    return names
+
+
+def renamed(weights: Iterable[Moved], names: Mapping[str, str]) -> list[Moved]:
+    """A weight map whose modules live under other names than their pass gave them."""
+    found = []
+    for move in weights:
+        sparse, how = move.sparse, move.how
+        for wanted, target in names.items():
+            if sparse.startswith(f"{wanted}."):
+                sparse = target + sparse.removeprefix(wanted)
+                how = how.replace(f"{wanted}.", f"{target}.")
+                break
+        found.append(dataclasses.replace(move, sparse=sparse, how=how))
+    return found
 
 
 def finish(gm: fx.GraphModule) -> None:

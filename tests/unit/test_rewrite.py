@@ -1,4 +1,4 @@
-"""Rewriting: the caller's model stays as it is, weights are shared, what nothing reads is dropped."""
+"""Rewriting leaves the caller's model as it is, shares weights, drops what nothing reads."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ BOTH = "ffn-moe,attn-moh"
 def run(made: zoo.ZooModel, model: nn.Module) -> Tensor:
     with torch.no_grad():
         if made.example is None:
-            out: Tensor = model(input_ids=torch.arange(3, 21).view(2, 9)).logits
-            return out
-        args, kwargs = made.example
-        out = model(*args, **kwargs)
-        return out
+            found: Tensor = model(input_ids=torch.arange(3, 21).view(2, 9)).logits
+        else:
+            args, kwargs = made.example
+            found = model(*args, **kwargs)
+    return found
 
 
 # ---------------------------------------------------------------------------- the caller's model
@@ -74,7 +74,7 @@ def test_the_dense_model_is_left_as_it_was(name: str) -> None:
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["share", "copy"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gpt2", "nanogpt"])  # with biases, which move unchanged
 def test_untouched_weights_are_shared_unless_asked_not_to(name: str, share: bool) -> None:
     made = zoo.build(name)
     sparse = sparsify.compile(
@@ -208,7 +208,7 @@ def test_a_taken_name_is_numbered(cls: type[nn.Module], targets: list[str], tmp_
     assert found == targets
     with torch.no_grad(), dense_limit(sparse):
         torch.testing.assert_close(sparse(x), model(x))
-    maps = [m for m in sparse.report.steps[0].weights]
+    maps = sparse.report.steps[0].weights
     for move in maps:
         tensor: Any = sparse
         for part in move.sparse.split("."):
@@ -227,9 +227,7 @@ def test_a_taken_name_is_numbered(cls: type[nn.Module], targets: list[str], tmp_
 @pytest.mark.parametrize(
     ("inputs", "site", "what"), [(("z",), "ffn", "['z']"), (("x",), "fnn", "'fnn'")]
 )
-def test_a_pass_that_names_what_is_not_there(
-    inputs: tuple[str, ...], site: str, what: str
-) -> None:
+def test_a_pass_that_names_what_is_not_there(inputs: tuple[str, ...], site: str, what: str) -> None:
     cap = captured("llama")
     graph = share_clone(cap.graph)
     found = find(graph, cap.example)

@@ -1,4 +1,4 @@
-"""ffn-halves: split each feed-forward layer into two experts, its first and its second half."""
+"""ffn-halves: split each feed-forward layer into two experts, its first and second half."""
 
 import dataclasses
 
