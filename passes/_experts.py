@@ -85,7 +85,7 @@ def _fingerprints(ffn: FeedForward, hidden: Tensor | None) -> Tensor:
         part = ffn.gate if ffn.gate is not None else ffn.up
         return part.weight.float()
     step = max(1, len(hidden) // KMEANS_TOKENS)
-    norm = ffn.down.weight.float().norm(dim=0)
+    norm: Tensor = ffn.down.weight.float().norm(dim=0)
     return (hidden[::step].float() * norm).abs().T.contiguous()
 
 

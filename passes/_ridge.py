@@ -54,4 +54,5 @@ def fit_compensation(dead: Tensor, lost: Tensor, prior: Tensor) -> Tensor:
     if scale == 0:
         return prior
     gram.diagonal().mul_(1 + SHRINK).add_(0.25 * SHRINK * scale + 1e-6 * len(dead))
-    return prior + torch.linalg.solve(gram, dead.T @ (lost - dead @ prior))
+    change: Tensor = torch.linalg.solve(gram, dead.T @ (lost - dead @ prior))
+    return prior + change

@@ -313,7 +313,7 @@ class Pass(Generic[R]):
         hints = typing.get_type_hints(cls)
         return tuple(
             OptionInfo(
-                f.name, hints[f.name].__name__, f.default, f.metadata.get("help", ""), _legal(f)
+                f.name, hints[f.name].__name__, typing.cast(Value, f.default), f.metadata.get("help", ""), _legal(f)
             )
             for f in dataclasses.fields(cls)
         )

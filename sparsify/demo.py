@@ -26,7 +26,7 @@ def run(progress: Any = None, *, tokens: int = 4096) -> int:
     torch.manual_seed(0)
     start = time.perf_counter()
     _title("1. Load SmolLM2-135M (dense, float32)")
-    loaded = load_model("smollm2")
+    loaded: Any = load_model("smollm2")
     _say(
         f"{sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f} M parameters, "
         f"{time.perf_counter() - start:.0f} s"
@@ -44,7 +44,7 @@ def run(progress: Any = None, *, tokens: int = 4096) -> int:
 
     _title("3. The same text from the dense and the routed model (greedy, KV cache)")
     ids = loaded.tokenizer(PROMPT, return_tensors="pt")
-    options = {"max_new_tokens": TOKENS, "do_sample": False}
+    options: Any = {"max_new_tokens": TOKENS, "do_sample": False}
     with torch.no_grad():
         dense = loaded.model.generate(**ids, **options)[0]
         routed = sparse.generate(**ids, **options)[0]

@@ -45,7 +45,8 @@ def error_between(found: Tensor, expected: Tensor) -> tuple[float, float]:
 @contextlib.contextmanager
 def dense_limit(model: nn.Module) -> Iterator[None]:
     """All units live, through the routed code path (no dense shortcut)."""
-    before = []
+    before: list[tuple[nn.Module, Any, float | None]] = []
+    module: Any
     for module in model.modules():
         if is_routed(module):
             before.append((module, getattr(module, "dispatch", None), module_active(module)))

@@ -30,6 +30,7 @@ def find(gm: fx.GraphModule, example: tuple[Any, ...]) -> Matches:
     regions: list[Region] = []
     misses: list[NearMiss] = []
     for node in gm.graph.nodes:
+        found: Region | NearMiss | None
         found = match_attention(gm, node, linears) if node.op == "call_function" else None
         if found is None and node in linears:
             found = match_feed_forward(gm, linears[node], linears)

@@ -8,6 +8,7 @@ on the way, and the result is added to a value that the input came from.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -304,7 +305,7 @@ def plain(args: Any) -> tuple[Any, ...]:
     )
 
 
-_KNOWN = {
+_KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.nn.functional.relu,
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,

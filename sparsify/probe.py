@@ -29,8 +29,8 @@ def op_base(node: fx.Node) -> str:
     """``aten.mul.Tensor`` -> ``mul``, ``operator.getitem`` -> ``getitem``, else the name."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__
-    return getattr(target, "__name__", str(target))
+        return str(target.overloadpacket.__name__)
+    return str(getattr(target, "__name__", target))
 
 
 def is_movement(node: fx.Node) -> bool:
@@ -111,8 +111,8 @@ def push(start: fx.Node, value: Tensor, end: fx.Node, *, movement_only: bool = T
                 raise NotFollowed(arg.name)
             return outside(arg)
 
-        args = fx.map_arg(node.args, load)
-        kwargs = fx.map_arg(node.kwargs, load)
+        args: Any = fx.map_arg(node.args, load)
+        kwargs: Any = fx.map_arg(node.kwargs, load)
         if is_identity(node) or is_cast(node):
             done[node] = args[0]  # dropout is off, and labels keep their own dtype
             continue

@@ -187,11 +187,11 @@ def reproduce(folder: str | Path) -> Reproduction:
     model = load_folder(path)
     with torch.no_grad(), dense_limit(model):
         found = model.graph(*model.example)[0]
-    error, scale = error_between(found, model.golden[0])
+    worst, scale = error_between(found, model.golden[0])
     tolerance = then.tolerance
     if scale > 0 and then.scale > 0 and Claim("EXACT").kind != then.claim:
         tolerance = then.tolerance * scale / then.scale
     now = dataclasses.replace(
-        then, error=error, scale=scale, tolerance=tolerance, ok=error <= tolerance
+        then, error=worst, scale=scale, tolerance=tolerance, ok=worst <= tolerance
     )
     return Reproduction(str(folder), data["pipeline"], data["region"], then, now)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -57,7 +59,7 @@ def splice(
         node.meta.update({k: v for k, v in model.meta.items() if k not in ("keep", "from_node")})
         node.meta["sparsify"] = {"pass": pass_name, "region": region.path}
         if old is not None:
-            old.replace_all_uses_with(node, delete_user_cb=lambda user, new=node: user is not new)
+            old.replace_all_uses_with(node, delete_user_cb=functools.partial(operator.is_not, node))
             replaced[old] = node
         else:
             node.meta.pop("shape", None)
