@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.runtime.ffn import RoutedFFN
+
 FLOOR = 1e-12  # energies are floored here, relative to their mean, before the logarithm
 RIDGE = 0.1  # relative to the mean variance of the inputs; 0.001 to 0.1 differ by under 1 %
 SHRINK = 0.02  # of the compensation towards the plain means
@@ -35,24 +37,49 @@ def fit_router(x: Tensor, energy: Tensor, *, ridge: float = RIDGE) -> tuple[Tens
     return weight.T.contiguous(), mean_t - mean_x @ weight
 
 
-def fit_compensation(dead: Tensor, lost: Tensor, prior: Tensor) -> Tensor:
+def fit_stand_ins(module: RoutedFFN, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Constants (N, D) and slopes (R, D) for the experts that are dead at the present budget.
+
+    Args:
+        x: (T, D) inputs of the layer; scores: (T, R) of its router.
+    """
+    experts, block, _ = module.up.shape
+    shared = module.router.shared
+    neurons = module.neurons(x).float()
+    columns = module.down.float()
+    means = neurons.mean(0).view(experts, 1, block)
+    constants = (means @ columns).squeeze(1)
+    dead = ~module.router.live(scores)
+    routed = neurons[:, shared * block :] * dead.repeat_interleave(block, dim=1)
+    lost = routed @ columns[shared:].flatten(0, 1)
+    constants[shared:], slopes = fit_compensation(dead, scores, lost, constants[shared:])
+    return constants, slopes
+
+
+def fit_compensation(
+    dead: Tensor, scores: Tensor, lost: Tensor, prior: Tensor
+) -> tuple[Tensor, Tensor]:
     """What to add for each dead unit, by least squares over the calibration tokens.
 
     Units that are dead tend to be so together, and their output given that they are dead is not
-    their mean output; the fit accounts for both and is shrunk towards the means.
+    their mean output: it grows with the router's score. The fit of ``lost`` on the indicators and
+    on indicator times score accounts for both; it is shrunk towards the means.
 
     Args:
-        dead: (T, R) 1 where the unit is dead; lost: (T, D) the sum of the dead units' outputs.
-        prior: (R, D) mean outputs.
+        dead: (T, R) 1 where the unit is dead; scores: (T, R) of the router.
+        lost: (T, D) the sum of the dead units' outputs; prior: (R, D) their mean outputs.
 
     Returns:
-        (R, D).
+        constants (R, D) and slopes (R, D): a dead unit adds ``constant + score * slope``.
     """
-    dead, lost, prior = dead.double(), lost.double(), prior.double()
-    gram = dead.T @ dead
-    scale = float(gram.diagonal().mean())
+    dead, scores, lost, prior = dead.double(), scores.double(), lost.double(), prior.double()
+    centre, units = scores.mean(0), dead.shape[1]
+    features = torch.cat([dead, dead * (scores - centre)], 1)
+    gram = features.T @ features
+    scale = float(gram.diagonal()[:units].mean())
     if scale == 0:
-        return prior
+        return prior, torch.zeros_like(prior)
     gram.diagonal().mul_(1 + SHRINK).add_(0.25 * SHRINK * scale + 1e-6 * len(dead))
-    change: Tensor = torch.linalg.solve(gram, dead.T @ (lost - dead @ prior))
-    return prior + change
+    change: Tensor = torch.linalg.solve(gram, features.T @ (lost - dead @ prior))
+    slopes = change[units:]
+    return prior + change[:units] - centre[:, None] * slopes, slopes

@@ -21,7 +21,7 @@ from sparsify.core import Pass, Refused, Rewrite, Splice, option
 from sparsify.regions import Attention
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from sparsify.runtime.router import Router, Rule
 
@@ -59,7 +59,14 @@ class AttnMoh(Pass[Attention]):
             )
 
     def taps(self, region: Attention) -> Mapping[str, int]:
-        return {"x": TOKENS, "context": TOKENS}
+        wanted = {"x": TOKENS, "context": TOKENS}
+        return wanted | ({"stream.energy": TOKENS} if "stream" in region.ports else {})
+
+    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        from sparsify.runtime.router import Router
+
+        if isinstance(module, Router):
+            module.settle(module.scores(inputs[0]))
 
     def rewrite(self, attention: Attention) -> Rewrite:
         from sparsify.passes._weights import packed_attention
@@ -118,6 +125,9 @@ class AttnMoh(Pass[Attention]):
         weight, bias = fit_router(x, energy[:, routed])
         rule: Rule = "top-k" if self.router == "top-k" else "threshold"
         router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule, order=order)
-        router.calibrate(x)
+        losses = None
+        if "stream.energy" in attention.samples:  # all layers on one scale, as in ffn-moe
+            losses = energy[:, routed] / attention.samples["stream.energy"].clamp_min(1e-30)
+        router.calibrate(x, losses)
         dropped = head_means(attention).to(dtype) if self.compensate else None
         return router, dropped

@@ -5,7 +5,8 @@ projection and its columns of the down projection is expert e, and ``y = sum of 
 bias``. Some experts are shared (always live). As in LLaMA-MoE (arXiv:2406.16554) and CMoE
 (arXiv:2502.04416), nothing is trained; unlike them, gate weights are exactly one, a router is a
 ridge regression on the log of what an expert contributes, one threshold per layer lets tokens take
-as many experts as they need, and the mean of what is dropped is added back.
+as many experts as they need, budgets go to the layers where they save most, and what is dropped is
+estimated from the router's scores (least squares) and added back.
 
 At initialization, all experts live, every neuron is summed once: REORDERED. Without calibration
 data the router scores experts by their mean gate direction, and each token takes the same number of
@@ -23,14 +24,12 @@ from sparsify.passes._weights import packed_ffn
 from sparsify.regions import FeedForward
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from sparsify.runtime.router import Router, Rule
 
 MOST = 64  # experts by default: finer blocks lose less, coarser ones run faster
 TOKENS = 8192  # calibration tokens kept per layer
-FIT_TOKENS = 4096  # of those, used to fit the compensation
-BUDGETS = (0.25, 0.5, 0.75)  # where compensation is fitted; interpolated between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ class FfnMoe(Pass[FeedForward]):
         "auto = threshold if calibrated, else top-k",
         among=("auto", "threshold", "top-k"),
     )
-    compensate: bool = option(True, "add back the mean output of the experts a token drops")
+    compensate: bool = option(True, "add back an estimate of what a token's dropped experts give")
     seed: int = option(0, "of the clustering", ge=0)
 
     def _experts(self, ffn: FeedForward) -> int:
@@ -88,7 +87,7 @@ class FfnMoe(Pass[FeedForward]):
         return {"x": TOKENS, "stream.energy": TOKENS}
 
     def rewrite(self, ffn: FeedForward) -> Rewrite:
-        from sparsify.passes._experts import group, hidden_of
+        from sparsify.passes._experts import group, hidden_of, mean_outputs
         from sparsify.runtime.ffn import RoutedFFN
 
         experts = self._experts(ffn)
@@ -97,7 +96,10 @@ class FfnMoe(Pass[FeedForward]):
         hidden = hidden_of(ffn, x) if x is not None else None
         order = group(ffn, hidden, experts, shared, self.split, self.seed)
         if x is not None and hidden is not None:
-            router, dropped = self._fitted(ffn, x, hidden, order, experts, shared)
+            router = self._fitted(ffn, x, hidden, order, experts, shared)
+            dropped = None
+            if self.compensate:
+                dropped = mean_outputs(ffn, hidden, order, experts).to(ffn.up.weight.dtype)
         else:
             router, dropped = self._from_weights(ffn, order, experts, shared), None
         module = RoutedFFN.from_dense(
@@ -112,7 +114,6 @@ class FfnMoe(Pass[FeedForward]):
             activation=ffn.activation,
             router=router,
             dropped=dropped,
-            dropped_at=BUDGETS if dropped is not None else (),
         )
         fitted = "calibrated" if x is not None else "from weights"
         note = (
@@ -120,6 +121,17 @@ class FfnMoe(Pass[FeedForward]):
             f"{router.rule} router ({fitted})"
         )
         return Rewrite((Splice("moe", module, ("x",), "ffn"),), packed_ffn(ffn, "moe"), note)
+
+    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        from sparsify.passes._ridge import fit_stand_ins
+        from sparsify.runtime.ffn import RoutedFFN
+
+        assert isinstance(module, RoutedFFN)
+        x = inputs[0].reshape(-1, module.width)
+        scores = module.router.scores(x)
+        module.router.settle(scores)
+        if self.compensate:
+            module.add_stand_ins(module.router.active, *fit_stand_ins(module, x, scores))
 
     def _fitted(
         self,
@@ -129,52 +141,20 @@ class FfnMoe(Pass[FeedForward]):
         order: Tensor,
         experts: int,
         shared: int,
-    ) -> tuple[Router, Tensor | None]:
-        """Router and compensation from calibration samples."""
+    ) -> Router:
+        """The router, fitted to calibration samples."""
         from sparsify.passes._experts import expert_energy
         from sparsify.passes._ridge import fit_router
         from sparsify.runtime.router import Router
 
         energy = expert_energy(ffn, hidden, order, experts)[:, shared:]
-        # relative to the stream that the layer adds to, scores of all layers are on one scale
-        energy = energy / ffn.samples["stream.energy"].clamp_min(1e-30)
         weight, bias = fit_router(x, energy)
         dtype = ffn.up.weight.dtype
         rule: Rule = "top-k" if self.router == "top-k" else "threshold"
-        router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule, comparable=True)
-        router.calibrate(x)
-        if not self.compensate:
-            return router, None
-        return router, self._stand_ins(ffn, x, hidden, order, experts, router).to(dtype)
-
-    def _stand_ins(
-        self,
-        ffn: FeedForward,
-        x: Tensor,
-        hidden: Tensor,
-        order: Tensor,
-        experts: int,
-        router: Router,
-    ) -> Tensor:
-        """(P, N, D): what to add for dead experts at each of BUDGETS."""
-        from sparsify.passes._experts import mean_outputs
-        from sparsify.passes._ridge import fit_compensation
-
-        prior = mean_outputs(ffn, hidden, order, experts)
-        block, shared = len(order) // experts, router.shared
-        step = max(1, len(x) // FIT_TOKENS)
-        routed = order[shared * block :]
-        neurons = hidden[::step][:, routed].float()
-        columns = ffn.down.weight.float().T[routed]
-        scores = router.scores(x[::step])
-        table = prior.repeat(len(BUDGETS), 1, 1)
-        for at, budget in enumerate(BUDGETS):
-            router.set_active(budget, warn=False)
-            dead = ~router.live(scores)
-            lost = (neurons * dead.repeat_interleave(block, dim=1)) @ columns
-            table[at, shared:] = fit_compensation(dead, lost, prior[shared:])
-        router.set_active(1.0)
-        return table
+        router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule)
+        # relative to the stream that the layer adds to, errors of all layers are on one scale
+        router.calibrate(x, energy / ffn.samples["stream.energy"].clamp_min(1e-30))
+        return router
 
     def _from_weights(self, ffn: FeedForward, order: Tensor, experts: int, shared: int) -> Router:
         """Scores by an expert's mean gate (or up) row, neurons weighted by their column norm."""

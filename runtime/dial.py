@@ -1,9 +1,9 @@
 """The active budget as a dial: one number for the model, spread over its layers.
 
 Top-k routers keep whole units, so rounding is carried from layer to layer (error diffusion) and
-the mean over the layers meets the budget. Threshold routers whose scores are ``comparable`` (the
-log of the relative error that a dead unit causes) share one cut, so layers that can spare more do;
-others read their own threshold for the budget.
+the mean over the layers meets the budget. Threshold routers with an error table get the budgets
+whose errors add up to the least (one Lagrange multiplier for all), so layers that can spare more
+do; others all get the same.
 """
 
 from __future__ import annotations
@@ -43,13 +43,19 @@ def _prefixes(path: str) -> list[str]:
 
 
 def set_active(
-    model: nn.Module, active: float, at: str | None = None, pass_name: str | None = None
+    model: nn.Module,
+    active: float,
+    at: str | None = None,
+    pass_name: str | None = None,
+    *,
+    warn: bool = True,
 ) -> dict[str, float]:
     """Turn the dial.
 
     Args:
         active: fraction of units that a token uses on average, 0 < active <= 1; 1 = dense limit.
         at: only routers under these paths; pass_name: only those of one pass.
+        warn: say so where shared units alone exceed the budget.
 
     Returns:
         path -> the budget that router got.
@@ -65,15 +71,15 @@ def set_active(
             f"nothing to set active on{where}", help="model.realised() lists the routers"
         )
     over = [(path, r) for path, r in chosen if r.clamped(active)]
-    if over:
+    if over and warn:
         warnings.warn(over_budget(active, over), stacklevel=2)
     by_kind = itertools.groupby(
         sorted(chosen, key=lambda item: _kind(item[1])), key=lambda item: _kind(item[1])
     )
-    for (_, rule, comparable), group in by_kind:
+    for (_, rule, errors), group in by_kind:
         members = [router for _, router in group]
-        if rule == "threshold" and comparable and len(members) > 1 and active < 1:
-            _share_cut(members, active)
+        if rule == "threshold" and errors and len(members) > 1 and active < 1:
+            _allocate(members, active)
         elif rule == "threshold":
             for router in members:
                 router.set_active(active, warn=False)
@@ -83,7 +89,7 @@ def set_active(
 
 
 def _kind(router: Router) -> tuple[str, str, bool]:
-    return (router.pass_name, router.rule, bool(getattr(router, "comparable", False)))
+    return (router.pass_name, router.rule, getattr(router, "errors", None) is not None)
 
 
 def _diffuse(members: Sequence[Router], active: float) -> None:
@@ -97,25 +103,30 @@ def _diffuse(members: Sequence[Router], active: float) -> None:
         router.set_active(active, k_exact=k, warn=False)
 
 
-def _share_cut(members: Sequence[Router], active: float) -> None:
-    """One threshold for all: found by bisection on the calibrated score distributions."""
-    units = sum(router.units for router in members)
+def _allocate(members: Sequence[Router], active: float) -> None:
+    """Budgets with the least total error at the mean budget ``active``.
 
-    def live(router: Router, cut: float) -> float:
-        """Expected live units, shared ones included."""
-        table = router.quantiles
-        assert table is not None  # a comparable router is calibrated
-        below = float(torch.searchsorted(table, torch.tensor(cut, dtype=table.dtype)))
-        return router.shared + router.routed * (1 - below / table.numel())
-
-    low = min(float(r.quantiles[0]) for r in members if r.quantiles is not None) - 1
-    high = max(float(r.quantiles[-1]) for r in members if r.quantiles is not None) + 1
-    for _ in range(60):
-        cut = (low + high) / 2
-        if sum(live(router, cut) for router in members) > active * units:
-            low = cut
-        else:
-            high = cut
+    Each router minimizes ``error + price * live units`` over its table; the price that spends the
+    budget is found by bisection, and what whole table steps leave is shared in proportion.
+    """
+    tables = []
     for router in members:
-        share = live(router, high) / router.units
+        assert router.errors is not None  # _kind
+        dead = torch.linspace(0, 1, router.errors.numel(), dtype=torch.float64)
+        tables.append((router.errors.double().cpu(), router.shared + router.routed * (1 - dead)))
+    wanted = active * sum(router.units for router in members)
+
+    def at(price: float) -> list[float]:
+        return [float(units[(errors + price * units).argmin()]) for errors, units in tables]
+
+    top = max(float(errors.max()) for errors, _ in tables) + 1e-30
+    low, high = 1e-30 * top, 1e6 * top  # from everything live to as little as possible
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        low, high = (price, high) if sum(at(price)) > wanted else (low, price)
+    least, most = at(high), at(low)
+    spare = sum(most) - sum(least)
+    part = min(max((wanted - sum(least)) / spare, 0.0), 1.0) if spare > 0 else 0.0
+    for router, a, b in zip(members, least, most, strict=True):
+        share = (a + part * (b - a)) / router.units
         router.set_active(min(max(share, 1e-6), 1.0), warn=False)

@@ -40,7 +40,9 @@ class RoutedFFN(RoutedModule):
         router: selects among the N experts.
         dropped: (N, D), (P, N, D) or None: added for every expert that a token does not use (the
             mean of what it would have contributed); vanishes when all are live.
-        dropped_at: the P ascending budgets that a (P, N, D) table was fitted at.
+        slopes: (R, D), (P, R, D) or None: added times the router's score for every routed expert
+            that a token does not use.
+        dropped_at: the P ascending budgets that (P, ..., D) tables were fitted at.
         order: int64 (F,): position i holds the dense model's neuron ``order[i]``; None = in order.
         copies: each expert is a whole dense layer (sparse upcycling), not a part of one.
     """
@@ -59,12 +61,15 @@ class RoutedFFN(RoutedModule):
         activation: Program,
         router: Router,
         dropped: Tensor | None = None,
+        slopes: Tensor | None = None,
         dropped_at: Sequence[float] = (),
         order: Tensor | None = None,
         copies: bool = False,
     ) -> None:
         super().__init__()
         _check(up, gate, down, activation, router)
+        if slopes is not None and router.order is not None:
+            raise BadInput("slopes need a router that scores experts in order")
         if copies and router.unit_weights:
             raise BadInput(
                 "experts that are whole layers need weights that sum to one",
@@ -77,6 +82,7 @@ class RoutedFFN(RoutedModule):
         self.gate_bias = None if gate_bias is None else as_parameter(gate_bias)
         self.down_bias = None if down_bias is None else as_parameter(down_bias)
         self.dropped = None if dropped is None else as_parameter(dropped)
+        self.slopes = None if slopes is None else as_parameter(slopes)
         self.dropped_at = tuple(float(a) for a in dropped_at)
         self.register_buffer("order", order)
         self.activation = activation
@@ -98,6 +104,7 @@ class RoutedFFN(RoutedModule):
         activation: Program,
         router: Router,
         dropped: Tensor | None = None,
+        slopes: Tensor | None = None,
         dropped_at: Sequence[float] = (),
         copies: bool = False,
     ) -> Self:
@@ -131,6 +138,7 @@ class RoutedFFN(RoutedModule):
             activation=activation,
             router=router,
             dropped=dropped,
+            slopes=slopes,
             dropped_at=dropped_at,
             order=None if copies else order,
             copies=copies,
@@ -158,15 +166,15 @@ class RoutedFFN(RoutedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
         rows = x.reshape(-1, self.width)
-        select = self.router(rows)
-        if self.dispatch == "grouped":
-            y = self._grouped(rows, select)
-        elif self.router.all_live:
+        estimated = self.slopes is not None and not self.router.all_live
+        scores = self.router.scores(rows) if estimated else None
+        select = self.router(rows) if scores is None else self.router(rows, scores)
+        if self.router.all_live and self.dispatch != "grouped":
             y = self._dense(rows, select if select.requires_grad else None)
-        elif self._can_pick(rows):
-            y = self._picked(rows, select)
+        elif self.dispatch != "grouped" and self._can_pick(rows):
+            y = self._picked(rows, select, scores)
         else:
-            y = self._grouped(rows, select)
+            y = self._grouped(rows, select, scores)
         return y.view(x.shape)
 
     def _dense(self, x: Tensor, select: Tensor | None) -> Tensor:
@@ -179,7 +187,7 @@ class RoutedFFN(RoutedModule):
             hidden @ down if self.down_bias is None else torch.addmm(self.down_bias, hidden, down)
         )
 
-    def _grouped(self, x: Tensor, select: Tensor) -> Tensor:
+    def _grouped(self, x: Tensor, select: Tensor, scores: Tensor | None) -> Tensor:
         """Each expert on the tokens that use it."""
         work = plan(select, fuse=self.dispatch == "auto")
         self.counter.seen(work.tokens, work.units, work.live)
@@ -187,8 +195,9 @@ class RoutedFFN(RoutedModule):
         weighted = select.requires_grad or not self.router.unit_weights
         weights = select if weighted else None
         self._by_expert(x, work, weights, total)
-        if self.dropped is not None and not work.all_live:
-            total.add(None, ~work.mask, self._stand_in(self.dropped))
+        if not work.all_live:
+            for left, right in self._stand_ins(work.mask, scores):
+                total.add(None, left, right)
         return join_graph(total.value(), x, self.up).to(x.dtype)
 
     def _by_expert(self, x: Tensor, work: Plan, select: Tensor | None, total: Sum) -> None:
@@ -212,7 +221,7 @@ class RoutedFFN(RoutedModule):
         few = self.experts > 16 and 0 < 2 * len(x) <= self.experts
         return few and x.device.type == "cpu" and x.dtype not in HALF and not watched(x, self)
 
-    def _picked(self, x: Tensor, select: Tensor) -> Tensor:
+    def _picked(self, x: Tensor, select: Tensor, scores: Tensor | None) -> Tensor:
         """Each token on the neurons that it uses.
 
         Decoding is bound by memory and by the number of calls: a handful here, whatever the number
@@ -234,13 +243,39 @@ class RoutedFFN(RoutedModule):
         self.counter.rows += pairs
         if self.down_bias is not None:
             y = y + self.down_bias
-        if self.dropped is not None and pairs < len(x) * self.experts:
-            y = torch.addmm(y, (~mask).to(y.dtype), self._stand_in(self.dropped))
+        if pairs < len(x) * self.experts:
+            for left, right in self._stand_ins(mask, scores):
+                y = torch.addmm(y, left.to(y.dtype), right)
         return y
 
-    def _stand_in(self, table: Tensor) -> Tensor:
-        """(N, D): what is added for dead experts at the router's budget."""
-        return at_budget(table, self.dropped_at, self.router.active)
+    def neurons(self, x: Tensor) -> Tensor:
+        """x (T, D) -> (T, N*m): every neuron of every expert, nothing routed."""
+        return self._hidden(x, None, self.up, self.gate, self.up_bias, self.gate_bias)
+
+    def add_stand_ins(self, active: float, dropped: Tensor, slopes: Tensor) -> None:
+        """Put what dead experts add at one budget into the tables.
+
+        Args:
+            active: the budget, as this layer's router is set to it.
+            dropped: (N, D); slopes: (R, D).
+        """
+        rows = {a: (self.dropped[i], self.slopes[i]) for i, a in enumerate(self.dropped_at)
+                if self.dropped is not None and self.slopes is not None
+                and abs(a - active) > 1e-3}  # fmt: skip
+        rows[active] = (dropped.to(self.down.dtype), slopes.to(self.down.dtype))
+        self.dropped_at = tuple(sorted(rows))
+        self.dropped = as_parameter(torch.stack([rows[a][0] for a in self.dropped_at]))
+        self.slopes = as_parameter(torch.stack([rows[a][1] for a in self.dropped_at]))
+
+    def _stand_ins(self, live: Tensor, scores: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Products (T, n) @ (n, D) that stand in for dead experts at the router's budget."""
+        found, active = [], self.router.active
+        if self.dropped is not None:
+            found.append((~live, at_budget(self.dropped, self.dropped_at, active)))
+        if self.slopes is not None and scores is not None:
+            dead = scores.masked_fill(live[:, self.router.shared :], 0)
+            found.append((dead, at_budget(self.slopes, self.dropped_at, active)))
+        return found
 
     def _hidden(
         self,
@@ -299,6 +334,7 @@ class RoutedFFN(RoutedModule):
             "gate_bias": self.gate_bias is not None,
             "down_bias": self.down_bias is not None,
             "dropped": self.dropped is not None,
+            "slopes": self.slopes is not None,
             "dropped_at": list(self.dropped_at),
             "order": self.order is not None,
             "copies": self.copies,
@@ -325,6 +361,9 @@ class RoutedFFN(RoutedModule):
             activation=Program.from_json(options["activation"]),
             router=nested(options["router"], Router),
             dropped=empty(*([len(at)] if at else []), n, d, given="dropped"),
+            slopes=empty(
+                *([len(at)] if at else []), options["router"]["routed"], d, given="slopes"
+            ),
             dropped_at=at,
             order=torch.empty(n * m, dtype=torch.int64) if options["order"] else None,
             copies=options["copies"],
@@ -341,9 +380,10 @@ class RoutedFFN(RoutedModule):
         biases = [b for b in (self.up_bias, self.gate_bias) if b is not None]
         extra = sum(b.shape[1] for b in biases) * live
         extra += 0 if self.down_bias is None else self.width
-        if self.dropped is not None and live < self.experts:
-            stand_in = self.experts * self.width
-            total += Cost(2 * stand_in, stand_in * size)
+        if live < self.experts:
+            units = 0 if self.dropped is None else self.experts
+            units += 0 if self.slopes is None else router.routed
+            total += Cost(2 * units * self.width, units * self.width * size)
         return total + Cost(0, extra * size)
 
     def extra_repr(self) -> str:

@@ -23,6 +23,7 @@ from sparsify.runtime.spec import RoutedModule, dtype_name, dtype_of, routed
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+ERROR_POINTS = 65  # of an error table
 Rule = Literal["top-k", "threshold", "softmax-top-k"]
 
 
@@ -41,10 +42,13 @@ class Router(RoutedModule):
         active: budget, as a fraction of all N units.
         quantiles: (Q,) ascending scores of calibration tokens, pooled over tokens and units, at the
             probabilities 0, 1/(Q-1), ..., 1; ``threshold`` needs them (see :meth:`calibrate`).
+        settled: (S, 2) rows of a budget and what to add to the threshold there, ascending (see
+            :meth:`settle`).
         order: int64 (N,): the router's unit i (shared ones first) is unit ``order[i]`` of what it
             routes; None = in order.
-        comparable: scores mean the same in every layer (a log relative error, say), so that layers
-            can share one threshold.
+        errors: (P,) what is lost per token when the lowest 0, 1/(P-1), ..., 1 of all (token, unit)
+            scores are dead, on one scale for all layers (see :meth:`calibrate`); with it, a budget
+            for several layers goes where it saves most (:mod:`sparsify.runtime.dial`).
 
     Attributes:
         k_exact: routed units a token keeps under the top-k rules, where the owner of several layers
@@ -55,6 +59,8 @@ class Router(RoutedModule):
     dial: ClassVar[bool] = True  # set_active on a whole model turns modules that carry this mark
     counts: ClassVar[bool] = False  # the modules that use the selection count
     quantiles: Tensor | None
+    errors: Tensor | None
+    settled: Tensor | None
     order: Tensor | None
 
     def __init__(
@@ -67,7 +73,8 @@ class Router(RoutedModule):
         active: float = 1.0,
         quantiles: Tensor | None = None,
         order: Tensor | None = None,
-        comparable: bool = False,
+        errors: Tensor | None = None,
+        settled: Tensor | None = None,
     ) -> None:
         super().__init__()
         if rule not in get_args(Rule):
@@ -90,10 +97,11 @@ class Router(RoutedModule):
         self.weight = as_parameter(weight, train)
         self.bias = as_parameter(bias, train)
         self.register_buffer("quantiles", None if quantiles is None else quantiles.float())
+        self.register_buffer("errors", None if errors is None else errors.float())
+        self.register_buffer("settled", None if settled is None else settled.float())
         self.register_buffer("order", order)
         self.shared = shared
         self.rule: Rule = rule
-        self.comparable = comparable
         self.active = 1.0
         self.k_exact: int | None = None
         self.keep = False
@@ -166,16 +174,54 @@ class Router(RoutedModule):
         self.k_exact = k_exact
         self._cut = None
 
-    def calibrate(self, x: Tensor, points: int = 1025) -> None:
-        """Fill the quantile table from sample inputs ``x`` (..., D)."""
+    def calibrate(self, x: Tensor, losses: Tensor | None = None, points: int = 1025) -> None:
+        """Fill the quantile table from sample inputs, and the error table from losses.
+
+        Args:
+            x: (..., D).
+            losses: (..., R) what each token loses if the unit is dead, on one scale for all layers.
+            points: of the quantile table.
+        """
         with torch.no_grad():
-            pooled = self.scores(x).flatten().sort().values
+            pooled, ranks = self.scores(x).flatten().sort()
+            if losses is not None:
+                lost = losses.flatten()[ranks].double().cumsum(0) * (self.routed / len(ranks))
+                dead = torch.linspace(0, len(ranks), ERROR_POINTS, dtype=torch.float64).long()
+                self.errors = torch.cat([lost.new_zeros(1), lost])[dead].float()
             at = torch.linspace(0, pooled.numel() - 1, points, device=x.device, dtype=torch.float64)
             low = at.floor().long()
             high = at.ceil().long()
             part = (at - low).float()
             self.quantiles = torch.lerp(pooled[low].float(), pooled[high].float(), part)
+        self.settled = None
         self._cut = None
+
+    def settle(self, scores: Tensor) -> None:
+        """Make the present budget hold on ``scores`` (..., R), seen in the sparse model.
+
+        What that adds to the threshold is kept for this budget and interpolated between budgets;
+        at budget one nothing is added.
+        """
+        share = self.budget / self.routed
+        if self.rule != "threshold" or self.quantiles is None or not 0 < share < 1:
+            return
+        pooled = scores.detach().flatten().sort().values.float()
+        shift = _quantile(pooled, 1 - share) - _quantile(self.quantiles, 1 - share)
+        rows = [] if self.settled is None else self.settled.tolist()
+        rows = [row for row in rows if abs(row[0] - self.active) > 1e-3]
+        rows = sorted([*rows, [self.active, shift]])
+        self.settled = torch.tensor(rows, device=self.quantiles.device)
+        self._cut = None
+
+    def _shift(self) -> float:
+        """What settling adds to the threshold at the present budget."""
+        if self.settled is None:
+            return 0.0
+        rows = [*self.settled.tolist(), [1.0, 0.0]]
+        below = [row for row in rows if row[0] <= self.active]
+        above = [row for row in rows if row[0] >= self.active]
+        (a, one), (b, two) = (below or rows)[-1 if below else 0], (above or rows)[0]
+        return float(one if a == b else one + (two - one) * (self.active - a) / (b - a))
 
     @property
     def threshold(self) -> float:
@@ -190,10 +236,7 @@ class Router(RoutedModule):
             return -math.inf
         if share <= 0 or self.quantiles is None:
             return math.inf
-        at = (1 - share) * (self.quantiles.numel() - 1)
-        low = math.floor(at)
-        a, b = self.quantiles[low].item(), self.quantiles[math.ceil(at)].item()
-        return a + (b - a) * (at - low)
+        return _quantile(self.quantiles, 1 - share) + self._shift()
 
     # -- routing
 
@@ -202,14 +245,15 @@ class Router(RoutedModule):
         scores = nn.functional.linear(x, self.weight, self.bias)
         return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> select (..., N)."""
+    def forward(self, x: Tensor, scores: Tensor | None = None) -> Tensor:
+        """x (..., D) -> select (..., N); ``scores`` (..., R) where the caller has them already."""
         follows = self.keep or (
             torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         )
         if self.all_live and not follows:
             return x.new_ones((*x.shape[:-1], self.units))
-        scores = self.scores(x)
+        if scores is None:
+            scores = self.scores(x)
         live = self.live(scores)
         if self.rule == "softmax-top-k":
             kept = scores.masked_fill(~live, -math.inf)
@@ -241,11 +285,13 @@ class Router(RoutedModule):
     # -- nn.Module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        table = self.quantiles
+        tables = {name: getattr(self, name) for name in ("quantiles", "errors", "settled")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if table is not None and self.quantiles is not None and self.quantiles.dtype != table.dtype:
-            # ``model.half()`` must not round the thresholds: neighbouring budgets would coincide.
-            self.quantiles = table.to(self.quantiles.device)
+        for name, before in tables.items():
+            after = getattr(self, name)
+            if before is not None and after.dtype != before.dtype:
+                # ``model.half()`` must not round thresholds: neighbouring budgets would coincide.
+                setattr(self, name, before.to(after.device))
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -263,12 +309,13 @@ class Router(RoutedModule):
             "k_exact": self.k_exact,
             "quantiles": None if self.quantiles is None else self.quantiles.numel(),
             "order": self.order is not None,
-            "comparable": self.comparable,
+            "errors": None if self.errors is None else self.errors.numel(),
+            "settled": None if self.settled is None else len(self.settled),
         }
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        points = options["quantiles"]
+        points, errors, settled = (options[k] for k in ("quantiles", "errors", "settled"))
         router = cls(
             torch.empty(options["routed"], options["width"], dtype=dtype_of(options["dtype"])),
             shared=options["shared"],
@@ -277,7 +324,8 @@ class Router(RoutedModule):
             order=torch.empty(options["routed"] + options["shared"], dtype=torch.int64)
             if options["order"]
             else None,
-            comparable=options["comparable"],
+            errors=None if errors is None else torch.empty(errors),
+            settled=None if settled is None else torch.empty(settled, 2),
         )
         router.set_active(options["active"], k_exact=options["k_exact"], warn=False)
         return router
@@ -290,6 +338,14 @@ class Router(RoutedModule):
 
     def extra_repr(self) -> str:
         return f"{self.shared}+{self.routed} units, {self.rule}, active={self.active:g}"
+
+
+def _quantile(ascending: Tensor, probability: float) -> float:
+    """Interpolated quantile of sorted values."""
+    at = probability * (ascending.numel() - 1)
+    low = math.floor(at)
+    a, b = ascending[low].item(), ascending[math.ceil(at)].item()
+    return a + (b - a) * (at - low)
 
 
 def check_active(active: float) -> None:

@@ -50,6 +50,7 @@ from sparsify.runtime.dial import set_active
 from sparsify.runtime.graph import clone
 from sparsify.runtime.model import SparseModel
 from sparsify.saved import diff, evaluate, generate, load, verify
+from sparsify.settle import settle
 
 __all__ = [
     "bisect", "compile", "diff", "evaluate", "generate", "inspect", "load", "reproduce", "verify",
@@ -58,6 +59,7 @@ __all__ = [
 DEFAULT_PIPELINE = "ffn-moe,attn-moh"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 CALIBRATION_TOKENS = 8192
+SETTLE_TOKENS = 4096  # of those, one batch that the sparse model is settled on
 BLOCK = 256  # tokens per calibration sequence
 
 Calibration = str | Path | Sequence[str] | Iterable[Tensor]
@@ -132,7 +134,7 @@ def compile(  # noqa: A001  (the verb of the product)
     state = prepare(captured.graph, captured.example, captured.golden, matches)
     dense = facts(state.gm, matches.regions, context=context)
     start = time.perf_counter()
-    named, tokens = _calibrate(loaded, captured, stages, state, calibration, seed, progress)
+    named, tokens, sample = _calibrate(loaded, captured, stages, state, calibration, seed, progress)
     if calibration is not None:
         seconds["calibrate"] = time.perf_counter() - start
     steps = []
@@ -144,6 +146,10 @@ def compile(  # noqa: A001  (the verb of the product)
         seconds[step.pass_name] = seconds.get(step.pass_name, 0.0) + step.seconds
         if on_step is not None:
             on_step(step, state)
+    if sample and state.made:
+        start = time.perf_counter()
+        settle(state.gm, state.made, sample, progress=progress)
+        seconds["settle"] = time.perf_counter() - start
     if verify == "off" or not state.claims:
         last = None
     else:
@@ -328,10 +334,10 @@ def _calibrate(
     calibration: Calibration | None,
     seed: int,
     progress: Progress | None,
-) -> tuple[str | None, int]:
-    """Fill the regions' samples; (name of the text, tokens seen)."""
+) -> tuple[str | None, int, list[Tensor]]:
+    """Fill the regions' samples; (name of the text, tokens seen, one batch to settle on)."""
     if calibration is None:
-        return None, 0
+        return None, 0, []
     wants = []
     for region in state.matches.regions:
         ports: dict[str, int] = {}
@@ -342,13 +348,15 @@ def _calibrate(
         if ports:
             wants.append((region, ports))
     if not wants:
-        return None, 0
+        return None, 0, []
     name, batches = token_blocks(
         calibration, loaded.tokenizer, length=BLOCK, limit=CALIBRATION_TOKENS, seed=seed
     )
     flat = [(captured.call.flatten((), {"input_ids": ids}), None) for ids in batches]
     tokens = collect(state.gm, wants, flat, seed=seed, progress=progress, total=len(flat))
-    return name, tokens
+    alike = [ids for ids in batches if ids.shape[1] == batches[0].shape[1]]
+    sample = torch.cat(alike)[: max(SETTLE_TOKENS // alike[0].shape[1], 1)]
+    return name, tokens, captured.call.flatten((), {"input_ids": sample})
 
 
 def bisect(

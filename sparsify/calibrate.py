@@ -66,6 +66,19 @@ class _Done(Exception):
     """The last tapped node has run."""
 
 
+def run_until(
+    gm: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    last: fx.Node,
+    taps: Mapping[fx.Node, Any] | None = None,
+) -> dict[fx.Node, Tensor]:
+    """Run the graph on flat inputs up to ``last``; the values of the nodes in ``taps``."""
+    runner = _Tap(gm, taps or {}, last)
+    with torch.no_grad(), contextlib.suppress(_Done):
+        runner.run(*inputs)
+    return runner.values
+
+
 def collect(
     gm: fx.GraphModule,
     wants: Sequence[tuple[Region, Mapping[str, int]]],
@@ -101,12 +114,10 @@ def collect(
     last = max(taps, key=lambda n: order[n])
     tokens = 0
     for done, (inputs, mask) in enumerate(batches):
-        runner = _Tap(gm, taps, last)
-        with torch.no_grad(), contextlib.suppress(_Done):
-            runner.run(*inputs)
+        values = run_until(gm, inputs, last, taps)
         plans: dict[int, tuple[Tensor, Tensor]] = {}
         for node, users in taps.items():
-            rows = _rows(runner.values[node], mask)
+            rows = _rows(values[node], mask)
             for region, port in users:
                 pool = pools[id(region)]
                 if id(region) not in plans:

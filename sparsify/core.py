@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from sparsify.errors import BadOption, did_you_mean
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from sparsify.regions import Region
 
@@ -289,6 +289,14 @@ class Pass(Generic[R]):
         """The routed form of ``region``; must meet ``claim`` when everything is live."""
         raise NotImplementedError
 
+    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Adjust a module that this pass made to the inputs that it gets in the sparse model.
+
+        Called just before the module runs, in graph order, while calibration data flows through
+        the sparse graph at a budget below one (see :mod:`sparsify.settle`). With everything live
+        the module must give what it gave before.
+        """
+
     # -- what follows from the fields
 
     @classmethod
@@ -313,7 +321,11 @@ class Pass(Generic[R]):
         hints = typing.get_type_hints(cls)
         return tuple(
             OptionInfo(
-                f.name, hints[f.name].__name__, typing.cast(Value, f.default), f.metadata.get("help", ""), _legal(f)
+                f.name,
+                hints[f.name].__name__,
+                typing.cast(Value, f.default),
+                f.metadata.get("help", ""),
+                _legal(f),
             )
             for f in dataclasses.fields(cls)
         )

@@ -223,12 +223,13 @@ def _plans(
         for kind in {type(m) for m in prunable(model).values()}:
             same = [p for p in layers if type(prunable(model)[p]) is kind]
             even |= dict.fromkeys(same, sum(layers[p] for p in same) / max(len(same), 1))
-        for note, budget, compensate in (
-            ("units ranked by energy", even, False),
-            ("ranked by variance, mean added back", even, True),
-            ("ranked by variance, mean added back, budgets of the routed layers", layers, True),
-        ):
-            chosen = plan(rankings, budget, compensate=compensate, note=note)
+        ranked = "ranked by variance, mean added back"
+        ways = [(ranked, even, False), (f"{ranked}, budgets of the routed layers", layers, False)]
+        if any(rankings[p].refit is not None for p in layers):
+            refit = "ranked by variance, what stays refitted by least squares"
+            ways += [(refit, even, True), (f"{refit}, budgets of the routed layers", layers, True)]
+        for note, budget, again in ways:
+            chosen = plan(rankings, budget, compensate=True, note=note, refit=again)
             found[f"static {active} {note}"] = (active, chosen)
     return found
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsify.core import Claim, Moved, Pass, Refused, Remark, Rewrite
 from sparsify.costs import facts
@@ -46,7 +46,8 @@ class Stage:
 class State:
     """What a run of passes changes: the graph, its regions, the stages and claims so far.
 
-    ``dense`` holds every region's result on the example before any rewrite (float, small).
+    ``dense`` holds every region's result on the example before any rewrite (float, small),
+    ``made`` the modules spliced in.
     """
 
     gm: fx.GraphModule
@@ -56,6 +57,7 @@ class State:
     dense: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     claims: list[tuple[Claim, int]] = dataclasses.field(default_factory=list)
     stages: list[Stage] = dataclasses.field(default_factory=list)
+    made: list[tuple[nn.Module, Pass[Any]]] = dataclasses.field(default_factory=list)
     only: Callable[[Region], bool] | None = None  # bisect narrows the regions with this
 
 
@@ -110,6 +112,7 @@ def run_stage(
             remarks.append(outcome)
         else:
             names = splice(state.gm, region, outcome, work.name, state.matches.regions)
+            state.made += [(part.module, work) for part in outcome.splices]
             done.append((region, work.claim, outcome.length or region.length))
             moved.extend(renamed(outcome.weights, names))
             remarks.append(

@@ -3,8 +3,9 @@
 Neurons and heads are ranked by what they add to the output on calibration text, as strong
 training-free structured pruning does: by energy ``E[h^2] * |w_down|^2``, or, where the mean of what
 is dropped goes into a bias, by what that leaves, ``Var[h] * |w_down|^2`` (An et al., FLAP,
-arXiv:2312.11983). Budgets are one for all layers, or those that the routed model really spent per
-layer. Nothing is copied and nothing stays changed: the pruned model exists inside a ``with`` block.
+arXiv:2312.11983). Optionally the columns that stay are refitted by least squares to the dense
+output (as in SparseGPT, arXiv:2301.00774), which changes weights, so there is no dense limit any
+more. Budgets are one for all layers, or those that the routed model really spent per layer. Nothing is copied and nothing stays changed: the pruned model exists inside a ``with`` block.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from sparsify.runtime.program import Program
 from sparsify.runtime.router import Router
 
 linear = nn.functional.linear
+
+
+REFIT_RIDGE = 0.01  # relative to the mean variance of the neurons that stay
+REFIT_BYTES = 2**31  # of second moments; layers too large for it are not refitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +82,12 @@ class DenseFFN:
 
 @dataclasses.dataclass
 class Moments:
-    """Running mean and second moment of rows."""
+    """Running mean and second moment of rows; with ``cross``, of all pairs of features too."""
 
     count: int = 0
     first: Tensor | None = None
     second: Tensor | None = None
+    cross: Tensor | None = None
 
     def add(self, rows: Tensor, second: Tensor | None = None) -> None:
         """rows (n, ...); ``second`` is the sum of second moments where it is not rows squared."""
@@ -110,11 +116,14 @@ class Ranking:
         energy: (N,) mean squared size of the unit's part of the output.
         variance: (N,) the same around the unit's mean.
         mean: dead units (N,) bool -> the mean of their parts together (D,).
+        refit: live neurons (N,) bool -> (down (N, D), bias (D,)) that give the dense output back
+            as well as the live ones can; None where that was not measured.
     """
 
     energy: Tensor
     variance: Tensor
     mean: Callable[[Tensor], Tensor]
+    refit: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     @property
     def units(self) -> int:
@@ -137,8 +146,18 @@ def rank_neurons(ffn: DenseFFN, moments: Moments) -> Ranking:
     def dropped(dead: Tensor) -> Tensor:
         return ((mean * dead) @ down).to(ffn.down.dtype)
 
+    def refit(live: Tensor) -> tuple[Tensor, Tensor]:
+        assert moments.cross is not None
+        covariance = moments.cross.double() / moments.count - torch.outer(mean, mean)
+        kept = covariance[live][:, live]
+        kept.diagonal().add_(REFIT_RIDGE * kept.diagonal().mean())
+        found = torch.zeros_like(down)
+        found[live] = torch.linalg.solve(kept, covariance[live] @ down)
+        return found.to(ffn.down.dtype), (mean @ (down - found)).to(ffn.down.dtype)
+
     variance = (moments.energy - mean.square()).clamp_min(0)
-    return Ranking(moments.energy * size, variance * size, dropped)
+    crossed = refit if moments.cross is not None else None
+    return Ranking(moments.energy * size, variance * size, dropped, crossed)
 
 
 def rank_heads(module: RoutedColumns, moments: Moments) -> Ranking:
@@ -208,6 +227,10 @@ def rank(
     found = prunable(model)
     moments = {path: Moments() for path in found}
     handles = []
+    neurons = {p: m.experts * m.hidden for p, m in found.items() if isinstance(m, RoutedFFN)}
+    if 4 * sum(n * n for n in neurons.values()) <= REFIT_BYTES:
+        for path, size in neurons.items():
+            moments[path].cross = torch.zeros(size, size)
     for path, module in found.items():
         watch = _watch_ffn if isinstance(module, RoutedFFN) else _watch_heads
         handles.append(module.register_forward_pre_hook(watch(module, moments[path])))
@@ -231,7 +254,10 @@ def _watch_ffn(module: Any, moments: Moments) -> Callable[..., None]:
     ffn = DenseFFN.of_routed(module)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        moments.add(ffn.hidden(args[0].reshape(-1, module.width)))
+        hidden = ffn.hidden(args[0].reshape(-1, module.width))
+        moments.add(hidden)
+        if moments.cross is not None:
+            moments.cross += (hidden.float().T @ hidden.float()).cpu()
 
     return hook
 
@@ -250,10 +276,15 @@ def _watch_heads(module: Any, moments: Moments) -> Callable[..., None]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which units stay: path -> (live (N,) bool, bias (D,) or None)."""
+    """Which units stay: path -> (live (N,) bool, bias (D,) or None).
+
+    Attributes:
+        down: path -> refitted down projection (F, D).
+    """
 
     layers: Mapping[str, tuple[Tensor, Tensor | None]]
     note: str
+    down: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def active(self) -> float:
@@ -263,7 +294,12 @@ class Plan:
 
 
 def plan(
-    rankings: Mapping[str, Ranking], active: Mapping[str, float], *, compensate: bool, note: str
+    rankings: Mapping[str, Ranking],
+    active: Mapping[str, float],
+    *,
+    compensate: bool,
+    note: str,
+    refit: bool = False,
 ) -> Plan:
     """Keep the fraction ``active[path]`` of the units of every layer."""
     paths = [path for path in rankings if path in active]
@@ -272,7 +308,14 @@ def plan(
         same = [p for p in paths if rankings[p].units == size]
         whole |= dict(zip(same, counts([active[p] for p in same], [size] * len(same)), strict=True))
     chosen = {p: rankings[p].choose(whole[p], compensate=compensate) for p in paths}
-    return Plan(chosen, note)
+    down: dict[str, Tensor] = {}
+    for path in paths:
+        again = rankings[path].refit
+        if refit and again is not None:
+            live, _ = chosen[path]
+            down[path], bias = again(live)
+            chosen[path] = (live, bias)
+    return Plan(chosen, note, down)
 
 
 @contextlib.contextmanager
@@ -283,14 +326,20 @@ def pruned(model: nn.Module, chosen: Plan) -> Iterator[None]:
         stack.enter_context(all_live(model))
         for path, (live, bias) in chosen.layers.items():
             module = modules[path]
-            swap = _prune_ffn if isinstance(module, RoutedFFN) else _prune_heads
-            stack.enter_context(swap(module, live, bias))
+            if isinstance(module, RoutedFFN):
+                stack.enter_context(_prune_ffn(module, live, bias, chosen.down.get(path)))
+            else:
+                stack.enter_context(_prune_heads(module, live, bias))
         yield
 
 
 @contextlib.contextmanager
-def _prune_ffn(module: Any, live: Tensor, bias: Tensor | None) -> Iterator[None]:
+def _prune_ffn(
+    module: Any, live: Tensor, bias: Tensor | None, down: Tensor | None
+) -> Iterator[None]:
     ffn = DenseFFN.of_routed(module)
+    if down is not None:
+        ffn = dataclasses.replace(ffn, down=down)
     mask = live.to(module.up.dtype)
 
     def forward(_: nn.Module, x: Tensor) -> Tensor:

@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+# Workers and the commands that tests start share the cores: two busy torch thread pools on two
+# cores wait for each other at every small operation (33 minutes instead of 4). Before any torch.
+for _pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_pool, "1")
+
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 _SHOWN = 80  # lines of a diff
 

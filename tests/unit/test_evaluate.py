@@ -261,6 +261,36 @@ def test_mean_compensation_keeps_the_mean_of_a_layer() -> None:
     torch.testing.assert_close(means[0], means[1], rtol=1e-4, atol=1e-4)
 
 
+def test_refitted_columns_are_the_least_squares_solution() -> None:
+    model = Language()
+    rankings = static.rank(model, model, [ids()])
+    chosen = static.plan(rankings, {"ffn": 0.5}, compensate=True, note="", refit=True)
+    (live, bias), down = chosen.layers["ffn"], chosen.down["ffn"]
+    caught: list[Tensor] = []
+    handle = model.ffn.register_forward_hook(lambda _m, a, y: caught.extend((a[0], y)))
+    with static.all_live(model):
+        model(ids())
+    handle.remove()
+    x, y = (t.reshape(-1, t.shape[-1]) for t in caught)
+    ffn = static.DenseFFN.of_routed(model.ffn)
+    hidden = ffn.hidden(x)[:, live]
+    assert ffn.down_bias is not None
+    assert bias is not None
+    found = hidden @ down[live] + ffn.down_bias + bias
+    design = torch.cat([hidden, torch.ones(len(x), 1)], 1)
+    best = design @ torch.linalg.lstsq(design, y).solution
+    plain, keep = (
+        static.plan(rankings, {"ffn": 0.5}, compensate=True, note="").layers["ffn"][1],
+        live,
+    )
+    assert plain is not None
+    masked = ffn.hidden(x)[:, keep] @ ffn.down[keep] + ffn.down_bias + plain
+    assert down[~live].abs().sum() == 0
+    errors = [float((t - y).detach().square().sum()) for t in (best, found, masked)]
+    assert errors[0] <= errors[1] <= 1.1 * errors[0]  # a little ridge
+    assert errors[1] < errors[2]
+
+
 def test_an_error_inside_leaves_nothing_behind() -> None:
     model = Language()
     rankings = static.rank(model, model, [ids()])
@@ -320,8 +350,10 @@ def test_static_row_is_the_best_of_those_tried() -> None:
     assert best is not None
     rankings = static.rank(model, model, [ids()])
     tried: list[Any] = []
-    for compensate in (True, False):
-        chosen = static.plan(rankings, {"heads": 0.5, "ffn": 0.5}, compensate=compensate, note="")
+    for refit in (True, False):
+        chosen = static.plan(
+            rankings, {"heads": 0.5, "ffn": 0.5}, compensate=True, note="", refit=refit
+        )
         with static.pruned(model, chosen):
             tried.append(evaluate.perplexity(model, [ids()]))
     assert best.perplexity == pytest.approx(min(tried), rel=1e-5)

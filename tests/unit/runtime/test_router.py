@@ -190,7 +190,7 @@ def test_half_models_keep_their_thresholds() -> None:
 
 
 def test_spec_round_trip() -> None:
-    module = router(6, 2, rule="threshold", comparable=True, order=torch.arange(8))
+    module = router(6, 2, rule="threshold", errors=torch.linspace(0, 1, 5), order=torch.arange(8))
     x = torch.randn(50, 8)
     module.calibrate(x, points=33)
     module.set_active(0.5)

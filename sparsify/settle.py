@@ -1,0 +1,71 @@
+"""Let calibration text flow through the sparse graph, and let every layer adjust to what it gets.
+
+Routers are fitted on the dense model's activations, but layer n of the sparse model sees what the
+sparse layers before it made of the text: thresholds read off dense scores let through too much or
+too little, and what stands in for dead units was fitted to other inputs. Here one batch runs
+through the graph at a few budgets; just before a routed module runs, its pass may adjust it, so
+every layer is settled on the output of settled layers in a single run per budget (the order of
+greedy layer-wise calibration, as in SparseGPT, arXiv:2301.00774). With everything live nothing
+changes: the dense limit stays as proven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify.calibrate import Progress, run_until
+from sparsify.core import Pass
+from sparsify.runtime.dial import routers, set_active
+
+BUDGETS = (0.25, 0.5, 0.75)  # ascending; between them modules interpolate
+
+
+def settle(
+    gm: fx.GraphModule,
+    made: Sequence[tuple[nn.Module, Pass[Any]]],
+    inputs: Sequence[Tensor],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Call ``Pass.settle`` for every module in ``made``, in graph order, at each of BUDGETS.
+
+    Args:
+        gm: the sparse graph; budgets are as before after it.
+        made: spliced modules with the pass that made them.
+        inputs: flat graph inputs, one batch of calibration text.
+        progress: called with ("settle", budgets done, budgets).
+    """
+    owners = {id(module): work for module, work in made}
+    nodes = [
+        node
+        for node in gm.graph.nodes
+        if node.op == "call_module" and id(gm.get_submodule(str(node.target))) in owners
+    ]
+    dials = [router for _, router in routers(gm)]
+    if not nodes or not dials:
+        return
+    before = [(router.active, router.k_exact) for router in dials]
+    handles = [m.register_forward_pre_hook(_settles(work)) for m, work in made]
+    try:
+        for done, budget in enumerate(BUDGETS):
+            set_active(gm, budget, warn=False)
+            run_until(gm, inputs, nodes[-1])
+            if progress is not None:
+                progress("settle", done + 1, len(BUDGETS))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for router, (active, exact) in zip(dials, before, strict=True):
+            router.set_active(active, k_exact=exact, warn=False)
+
+
+def _settles(work: Pass[Any]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            work.settle(module, inputs)
+
+    return hook
