@@ -60,7 +60,8 @@ class AttnMoh(Pass[Attention]):
 
     def taps(self, region: Attention) -> Mapping[str, int]:
         wanted = {"x": TOKENS, "context": TOKENS}
-        return wanted | ({"stream.energy": TOKENS} if "stream" in region.ports else {})
+        comparable = "stream" in region.ports and not region.time_major  # rows in one order
+        return wanted | ({"stream.energy": TOKENS} if comparable else {})
 
     def settle(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         from sparsify.runtime.router import Router
@@ -81,6 +82,7 @@ class AttnMoh(Pass[Attention]):
             head_dim=attention.head_dim,
             value_dim=attention.value_dim,
             causal=attention.causal,
+            time_major=attention.time_major,
         )
         output = RoutedColumns.from_dense(
             attention.output.weight, attention.output.bias, attention.output_columns, dropped

@@ -24,7 +24,7 @@ from sparsify.runtime.spec import RoutedModule, dtype_name, dtype_of, routed
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_SIZES = ("heads", "kv_heads", "head_dim", "value_dim", "causal")
+_SIZES = ("heads", "kv_heads", "head_dim", "value_dim", "causal", "time_major")
 ROOM = 1 << 25  # scores held at once: 128 MiB in float32
 
 
@@ -48,6 +48,7 @@ class RoutedAttend(RoutedModule):
         head_dim: d; value_dim: dv.
         causal: query t attends to keys 0..t (aligned top left, as sdpa's ``is_causal``); masked
             before the score program runs.
+        time_major: the selection's rows run over (T, B), as in ``nn.MultiheadAttention``.
         dtype: of the key/value cache, for the cost; follows what ``forward`` sees.
     """
 
@@ -60,6 +61,7 @@ class RoutedAttend(RoutedModule):
         head_dim: int,
         value_dim: int,
         causal: bool = False,
+        time_major: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -71,15 +73,20 @@ class RoutedAttend(RoutedModule):
         self.head_dim = head_dim
         self.value_dim = value_dim
         self.causal = causal
+        self.time_major = time_major
         self.dtype = dtype
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, select: Tensor, *operands: Tensor) -> Tensor:
         """q (B, H, T, d), k (B, G, S, d), v (B, G, S, dv), select (B, T, H) -> (B, H, T, dv).
 
+        With ``time_major``, select is (T, B, H).
+
         Operands broadcast to (B, H, T, S).
         """
         batch, heads, tokens, _ = q.shape
         self.dtype = k.dtype
+        if self.time_major:
+            select = select.reshape(tokens, batch, heads).transpose(0, 1)
         live = select.expand(batch, tokens, heads).transpose(1, 2) != 0
         together = heads // self.kv_heads * tokens
         counts = live.reshape(batch * self.kv_heads, together).sum(1).tolist()

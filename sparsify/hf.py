@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -99,7 +100,7 @@ def attach(model: SparseModel, path: str | os.PathLike[str]) -> SparseModel:
     except ImportError:
         return model  # torch and sparsify.runtime are enough to run and generate
     name = read_json(folder / "sparsify.json").get("extras", {}).get("class")
-    base = getattr(transformers, str(name), None)
+    base = _class_named(str(name))
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise BadCheckpoint(
             f"this transformers has no class '{name}'",
@@ -113,6 +114,29 @@ def attach(model: SparseModel, path: str | os.PathLike[str]) -> SparseModel:
     if (folder / "generation_config.json").exists():
         source.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return wrap(model, source)
+
+
+def _class_named(name: str) -> Any:
+    """A class of transformers by :func:`_name_of`; None where it has none of that name."""
+    import transformers
+
+    module, _, last = name.rpartition(".")
+    if not module:
+        return getattr(transformers, name, None)
+    if not module.startswith("transformers.models."):
+        return None  # a file names no code but the library's
+    try:
+        return getattr(importlib.import_module(module), last, None)
+    except ImportError:
+        return None
+
+
+def _name_of(cls: type) -> str:
+    """The name that ``transformers`` exports, else with the module (``WhisperEncoder``, say)."""
+    import transformers
+
+    public = getattr(transformers, cls.__name__, None) is cls
+    return cls.__name__ if public else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def is_pretrained(model: object) -> bool:
@@ -308,7 +332,7 @@ class HfShell(SparseModel):
         if this.tokenizer is not None:
             this.tokenizer.save_pretrained(folder)
         (Path(folder) / REMOTE_CODE).write_text(_REMOTE_CODE, encoding="utf-8")
-        return {"class": dense.__name__}
+        return {"class": _name_of(dense)}
 
 
 # ---------------------------------------------------------------------------- caches

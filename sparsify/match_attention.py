@@ -27,9 +27,11 @@ from sparsify.probe import (
     is_movement,
     is_pointwise,
     op_base,
+    pairs_in_order,
     push,
     shape_of,
     source_line,
+    time_major,
 )
 from sparsify.regions import Attention, NearMiss, Site
 from sparsify.runtime.codec import op_name
@@ -295,6 +297,9 @@ def _region(gm: fx.GraphModule, core: _Core, linears: dict[fx.Node, Linear]) -> 
             rows = None
     except NotFollowed:
         rows = None  # heads are mixed after the projection: q stays dense, the rest can be routed
+    tokens_first = time_major(query.result, core.q)
+    if not pairs_in_order(core.result, output.x, tokens_first):
+        raise Missed("output", "tokens of the heads' result stand in another order than queries")
     fused = query.result in {linear.result for linear in key + value}
     kept = rows.flatten() if rows is not None and fused else None
     ports = {
@@ -327,6 +332,7 @@ def _region(gm: fx.GraphModule, core: _Core, linears: dict[fx.Node, Linear]) -> 
         score=core.score,
         score_operands=tuple(f"score.{i}" for i in range(len(core.operands))),
         causal=core.causal,
+        time_major=tokens_first,
         cross=bool(key) and all(linear.x is not query.x for linear in key),
         spelled=core.spelled,
         ports=ports,

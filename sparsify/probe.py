@@ -180,6 +180,43 @@ def head_columns(attend: fx.Node, context: fx.Node) -> Tensor:
     return columns.view(heads, width)
 
 
+def pairs_in_order(attend: fx.Node, context: fx.Node, tokens_first: bool) -> bool:
+    """Whether the rows of ``context`` (..., F) are the pairs of ``attend`` (B, H, T, dv) in order.
+
+    Args:
+        tokens_first: the order is (T, B), else (B, T).
+    """
+    batch, _, tokens, _ = shape = shape_of(attend)
+    pairs = torch.arange(batch * tokens).view(batch, tokens)
+    out = push(attend, pairs.view(batch, 1, tokens, 1).expand(shape), context)
+    wanted = (pairs.t() if tokens_first else pairs).reshape(-1)
+    return torch.equal(out.reshape(-1, out.shape[-1])[:, 0], wanted)
+
+
+def time_major(node: fx.Node, heads_node: fx.Node) -> bool:
+    """Whether rows of ``node`` (..., F) run over tokens first: (T, B) for heads (B, H, T, d).
+
+    Told by the gradient of one (batch, token) pair; where the example has one row or one token, by
+    the shapes.
+
+    Raises:
+        NotFollowed: the pair comes from several rows, or from one of neither order.
+    """
+    shape, (batch, _, tokens, _) = shape_of(node), shape_of(heads_node)
+    if batch == 1 or tokens == 1:
+        return tokens != batch and shape[:2] == (tokens, batch)
+    generator = torch.Generator().manual_seed(1)
+    value = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    with torch.enable_grad():
+        out = push(node, value, heads_node, movement_only=False)
+        pair = out[batch - 1, :, 0].square().sum()
+        (gradient,) = torch.autograd.grad(pair, value)
+    rows = gradient.reshape(-1, shape[-1]).abs().amax(1).nonzero().flatten().tolist()
+    if rows not in ([(batch - 1) * tokens], [batch - 1]):
+        raise NotFollowed(f"a query of {heads_node.name} comes from rows {rows} of {node.name}")
+    return rows == [batch - 1]
+
+
 def head_rows(projection: fx.Node, heads_node: fx.Node) -> Tensor:
     """Which features of ``projection`` (..., out) each head of ``heads_node`` (B, H, T, d) reads.
 
@@ -254,16 +291,17 @@ def attribute(gm: fx.GraphModule, name: str) -> Any:
 
 
 def source_line(meta: Mapping[str, Any]) -> str:
-    """``file.py:line   text``: the deepest frame of the node's trace outside torch."""
+    """``file.py:line   text``: the deepest frame of the node's trace outside torch, else any."""
     trace = str(meta.get("stack_trace") or "")
-    found = ""
+    found, library = "", ""
     lines = trace.splitlines()
     for at, line in enumerate(lines):
         stripped = line.strip()
-        if stripped.startswith('File "') and "/torch/" not in stripped:
+        if stripped.startswith('File "'):
             parts = stripped.split('"')
             name = parts[1].rpartition("/")[2]
             number = parts[2].split("line ")[-1].split(",")[0]
             text = lines[at + 1].strip() if at + 1 < len(lines) else ""
-            found = f"{name}:{number}   {text}"
-    return found
+            library = f"{name}:{number}   {text}"
+            found = library if "/torch/" not in stripped else found
+    return found or library

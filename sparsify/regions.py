@@ -145,6 +145,7 @@ class Attention(Region):
     ``query`` is the query role alone, ``projection`` the whole projection that holds it (with key
     and value rows where they are fused), ``query_rows`` (H, r) the rows of each head in
     ``projection``.
+    ``time_major``: rows of ``x`` and ``context`` run over (T, B), not (B, T).
     ``score`` maps raw ``q k^T`` (..., T, S) and the score operands to probabilities, row by row.
     """
 
@@ -163,6 +164,7 @@ class Attention(Region):
     score: Program = dataclasses.field(kw_only=True)
     score_operands: tuple[str, ...] = dataclasses.field(kw_only=True, default=())
     causal: bool = dataclasses.field(kw_only=True, default=False)
+    time_major: bool = dataclasses.field(kw_only=True, default=False)
     cross: bool = dataclasses.field(kw_only=True, default=False)
     spelled: str = dataclasses.field(kw_only=True, default="sdpa")
 

@@ -5,7 +5,8 @@ training-free structured pruning does: by energy ``E[h^2] * |w_down|^2``, or, wh
 is dropped goes into a bias, by what that leaves, ``Var[h] * |w_down|^2`` (An et al., FLAP,
 arXiv:2312.11983). Optionally the columns that stay are refitted by least squares to the dense
 output (as in SparseGPT, arXiv:2301.00774), which changes weights, so there is no dense limit any
-more. Budgets are one for all layers, or those that the routed model really spent per layer. Nothing is copied and nothing stays changed: the pruned model exists inside a ``with`` block.
+more. Budgets are one for all layers, or those that the routed model really spent per layer. Nothing
+is copied and nothing stays changed: the pruned model exists inside a ``with`` block.
 """
 
 from __future__ import annotations
