@@ -145,11 +145,17 @@ def _write(value: Value) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        bare = _BARE.fullmatch(value) and isinstance(_read(value), str)
-        return value if bare else _quote(value)
+        return value if _BARE.fullmatch(value) and _reads_as_text(value) else _quote(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"a pipeline text cannot hold {value}")
     return repr(value)
+
+
+def _reads_as_text(word: str) -> bool:
+    try:
+        return isinstance(_read(word), str)
+    except ValueError:  # a number out of range: text all the same where it is quoted
+        return False
 
 
 def _write_text(value: str) -> str:

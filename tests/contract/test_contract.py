@@ -201,6 +201,32 @@ def test_call_signature_is_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_sequences_do_not_mix(name: str) -> None:
+    """Routed, every sequence of a batch gives what it gives alone."""
+    model = compiled(name, "ffn-moe,attn-moh")
+    made = zoo.build(name)
+    args, kwargs = made.example or ((), {"input_ids": torch.arange(3, 21).view(2, 9)})
+    size = next(t.shape[0] for t in _pytree.tree_leaves((args, kwargs)))
+
+    def first(value: Any) -> Any:
+        batched = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == size
+        return value[:1] if batched else value
+
+    model.set_active(0.5)
+    try:
+        with torch.no_grad():
+            whole = model(*args, **kwargs)
+            one = model(*_pytree.tree_map(first, args), **_pytree.tree_map(first, kwargs))
+    finally:
+        model.set_active(1.0)
+    pairs = zip(_pytree.tree_leaves(whole), _pytree.tree_leaves(one), strict=True)
+    compared = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.shape[0] == size]
+    assert compared
+    for a, b in compared:
+        torch.testing.assert_close(a[:1], b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_calibrated(name: str) -> None:
     cap = captured(name)
     batches = tokens_of(cap, name)
