@@ -122,15 +122,15 @@ class FfnMoe(Pass[FeedForward]):
         )
         return Rewrite((Splice("moe", module, ("x",), "ffn"),), packed_ffn(ffn, "moe"), note)
 
-    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> None:
         from sparsify.passes._ridge import fit_stand_ins
         from sparsify.runtime.ffn import RoutedFFN
 
         assert isinstance(module, RoutedFFN)
         x = inputs[0].reshape(-1, module.width)
         scores = module.router.scores(x)
-        module.router.settle(scores)
-        if self.compensate:
+        module.router.settle(scores, alone=alone)
+        if self.compensate and not alone:
             module.add_stand_ins(module.router.active, *fit_stand_ins(module, x, scores))
 
     def _fitted(

@@ -25,15 +25,23 @@ def routers(
     model: nn.Module, at: str | None = None, pass_name: str | None = None
 ) -> list[tuple[str, Router]]:
     """(path, router) in model order; ``at`` is a glob of region paths, as in pipeline texts."""
+    return [
+        (path, router)
+        for path, name, router in _owned(model)
+        if (pass_name is None or name == pass_name)
+        and (at is None or any(match_path(at, prefix) for prefix in _prefixes(path)))
+    ]
+
+
+def _owned(model: nn.Module) -> list[tuple[str, str, Router]]:
+    """(path, name of the pass that made it, router); a router inside a module is of its pass."""
     found = []
     owner: dict[str, str] = {}
     for path, module in model.named_modules():
         name = getattr(module, "pass_name", "") or owner.get(path.rpartition(".")[0], "")
         owner[path] = name
-        if not isinstance(module, Router) or (pass_name is not None and name != pass_name):
-            continue
-        if at is None or any(match_path(at, prefix) for prefix in _prefixes(path)):
-            found.append((path, module))
+        if isinstance(module, Router):
+            found.append((path, name, module))
     return found
 
 
@@ -85,7 +93,22 @@ def set_active(
                 router.set_active(active, warn=False)
         else:
             _diffuse(members, active)
+    _tell_company(model)
     return {path: router.active for path, router in chosen}
+
+
+def _tell_company(model: nn.Module) -> None:
+    """Tell every router how far those of other passes are turned down, relative to its own."""
+    off: dict[str, list[float]] = {}
+    members = _owned(model)
+    for _, name, router in members:
+        off.setdefault(name, []).append(1 - router.active)
+    for _, name, router in members:
+        others = [value for other, values in off.items() if other != name for value in values]
+        own = sum(off[name]) / len(off[name])
+        theirs = sum(others) / len(others) if others else own
+        company = min(theirs / own, 1.0) if own > 0 else 1.0
+        router.setting = router.active, router.k_exact, company
 
 
 def _kind(router: Router) -> tuple[str, str, bool]:

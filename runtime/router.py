@@ -43,7 +43,7 @@ class Router(RoutedModule):
         quantiles: (Q,) ascending scores of calibration tokens, pooled over tokens and units, at the
             probabilities 0, 1/(Q-1), ..., 1; ``threshold`` needs them (see :meth:`calibrate`).
         settled: (S, 2) rows of a budget and what to add to the threshold there, ascending (see
-            :meth:`settle`).
+            :meth:`settle`); settled_alone: the same where only this router's pass is below one.
         order: int64 (N,): the router's unit i (shared ones first) is unit ``order[i]`` of what it
             routes; None = in order.
         errors: (P,) what is lost per token when the lowest 0, 1/(P-1), ..., 1 of all (token, unit)
@@ -53,6 +53,8 @@ class Router(RoutedModule):
     Attributes:
         k_exact: routed units a token keeps under the top-k rules, where the owner of several layers
             spreads rounding over them; None = rounded here.
+        company: how far the routers of other passes are turned down too, between 0 (not at all) and
+            1 (as far as this one); mixes the two settled tables.
         keep: whether ``last`` keeps the scores and selection of the latest call (for losses).
     """
 
@@ -61,6 +63,7 @@ class Router(RoutedModule):
     quantiles: Tensor | None
     errors: Tensor | None
     settled: Tensor | None
+    settled_alone: Tensor | None
     order: Tensor | None
 
     def __init__(
@@ -75,6 +78,7 @@ class Router(RoutedModule):
         order: Tensor | None = None,
         errors: Tensor | None = None,
         settled: Tensor | None = None,
+        settled_alone: Tensor | None = None,
     ) -> None:
         super().__init__()
         if rule not in get_args(Rule):
@@ -99,11 +103,14 @@ class Router(RoutedModule):
         self.register_buffer("quantiles", None if quantiles is None else quantiles.float())
         self.register_buffer("errors", None if errors is None else errors.float())
         self.register_buffer("settled", None if settled is None else settled.float())
+        alone = None if settled_alone is None else settled_alone.float()
+        self.register_buffer("settled_alone", alone)
         self.register_buffer("order", order)
         self.shared = shared
         self.rule: Rule = rule
         self.active = 1.0
         self.k_exact: int | None = None
+        self.company = 1.0
         self.keep = False
         self.last: tuple[Tensor, Tensor] | None = None
         self._cut: float | None = None
@@ -174,6 +181,16 @@ class Router(RoutedModule):
         self.k_exact = k_exact
         self._cut = None
 
+    @property
+    def setting(self) -> tuple[float, int | None, float]:
+        """What the dial sets; assign it to turn the dial back."""
+        return self.active, self.k_exact, self.company
+
+    @setting.setter
+    def setting(self, value: tuple[float, int | None, float]) -> None:
+        active, exact, self.company = value
+        self.set_active(active, k_exact=exact, warn=False)
+
     def calibrate(self, x: Tensor, losses: Tensor | None = None, points: int = 1025) -> None:
         """Fill the quantile table from sample inputs, and the error table from losses.
 
@@ -193,35 +210,38 @@ class Router(RoutedModule):
             high = at.ceil().long()
             part = (at - low).float()
             self.quantiles = torch.lerp(pooled[low].float(), pooled[high].float(), part)
-        self.settled = None
+        self.settled = self.settled_alone = None
         self._cut = None
 
-    def settle(self, scores: Tensor) -> None:
+    def settle(self, scores: Tensor, *, alone: bool = False) -> None:
         """Make the present budget hold on ``scores`` (..., R), seen in the sparse model.
 
         What that adds to the threshold is kept for this budget and interpolated between budgets;
         at budget one nothing is added.
+
+        Args:
+            alone: the other passes' routers keep everything live.
         """
         share = self.budget / self.routed
         if self.rule != "threshold" or self.quantiles is None or not 0 < share < 1:
             return
         pooled = scores.detach().flatten().sort().values.float()
         shift = _quantile(pooled, 1 - share) - _quantile(self.quantiles, 1 - share)
-        rows = [] if self.settled is None else self.settled.tolist()
+        name = "settled_alone" if alone else "settled"
+        table = getattr(self, name)
+        rows = [] if table is None else table.tolist()
         rows = [row for row in rows if abs(row[0] - self.active) > 1e-3]
         rows = sorted([*rows, [self.active, shift]])
-        self.settled = torch.tensor(rows, device=self.quantiles.device)
+        setattr(self, name, torch.tensor(rows, device=self.quantiles.device))
         self._cut = None
 
     def _shift(self) -> float:
         """What settling adds to the threshold at the present budget."""
-        if self.settled is None:
-            return 0.0
-        rows = [*self.settled.tolist(), [1.0, 0.0]]
-        below = [row for row in rows if row[0] <= self.active]
-        above = [row for row in rows if row[0] >= self.active]
-        (a, one), (b, two) = (below or rows)[-1 if below else 0], (above or rows)[0]
-        return float(one if a == b else one + (two - one) * (self.active - a) / (b - a))
+        together = _interpolated(self.settled, self.active)
+        if self.settled_alone is None:
+            return together
+        alone = _interpolated(self.settled_alone, self.active)
+        return alone + self.company * (together - alone)
 
     @property
     def threshold(self) -> float:
@@ -285,7 +305,8 @@ class Router(RoutedModule):
     # -- nn.Module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        tables = {name: getattr(self, name) for name in ("quantiles", "errors", "settled")}
+        names = ("quantiles", "errors", "settled", "settled_alone")
+        tables = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in tables.items():
             after = getattr(self, name)
@@ -311,11 +332,15 @@ class Router(RoutedModule):
             "order": self.order is not None,
             "errors": None if self.errors is None else self.errors.numel(),
             "settled": None if self.settled is None else len(self.settled),
+            "settled_alone": None if self.settled_alone is None else len(self.settled_alone),
+            "company": self.company,
         }
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        points, errors, settled = (options[k] for k in ("quantiles", "errors", "settled"))
+        points, errors, settled, alone = (
+            options[k] for k in ("quantiles", "errors", "settled", "settled_alone")
+        )
         router = cls(
             torch.empty(options["routed"], options["width"], dtype=dtype_of(options["dtype"])),
             shared=options["shared"],
@@ -326,8 +351,9 @@ class Router(RoutedModule):
             else None,
             errors=None if errors is None else torch.empty(errors),
             settled=None if settled is None else torch.empty(settled, 2),
+            settled_alone=None if alone is None else torch.empty(alone, 2),
         )
-        router.set_active(options["active"], k_exact=options["k_exact"], warn=False)
+        router.setting = options["active"], options["k_exact"], options["company"]
         return router
 
     def cost(self, active: float | None = None, context: int = 0) -> Cost:
@@ -346,6 +372,17 @@ def _quantile(ascending: Tensor, probability: float) -> float:
     low = math.floor(at)
     a, b = ascending[low].item(), ascending[math.ceil(at)].item()
     return a + (b - a) * (at - low)
+
+
+def _interpolated(table: Tensor | None, at: float) -> float:
+    """The second column of (S, 2) rows at a place in the first; zero at one, and without rows."""
+    if table is None:
+        return 0.0
+    rows = [*table.tolist(), [1.0, 0.0]]
+    below = [row for row in rows if row[0] <= at] or rows[:1]
+    above = [row for row in rows if row[0] >= at] or rows[-1:]
+    (a, one), (b, two) = below[-1], above[0]
+    return float(one if a == b else one + (two - one) * (at - a) / (b - a))
 
 
 def check_active(active: float) -> None:

@@ -148,7 +148,7 @@ def compile(  # noqa: A001  (the verb of the product)
             on_step(step, state)
     if sample and state.made:
         start = time.perf_counter()
-        settle(state.gm, state.made, sample, progress=progress)
+        settle(state.gm, state.made, *sample, progress=progress)
         seconds["settle"] = time.perf_counter() - start
     if verify == "off" or not state.claims:
         last = None
@@ -334,10 +334,10 @@ def _calibrate(
     calibration: Calibration | None,
     seed: int,
     progress: Progress | None,
-) -> tuple[str | None, int, list[Tensor]]:
-    """Fill the regions' samples; (name of the text, tokens seen, one batch to settle on)."""
+) -> tuple[str | None, int, tuple[list[Tensor], ...]]:
+    """Fill the regions' samples; (name of the text, tokens seen, two batches to settle on)."""
     if calibration is None:
-        return None, 0, []
+        return None, 0, ()
     wants = []
     for region in state.matches.regions:
         ports: dict[str, int] = {}
@@ -348,15 +348,17 @@ def _calibrate(
         if ports:
             wants.append((region, ports))
     if not wants:
-        return None, 0, []
+        return None, 0, ()
     name, batches = token_blocks(
         calibration, loaded.tokenizer, length=BLOCK, limit=CALIBRATION_TOKENS, seed=seed
     )
     flat = [(captured.call.flatten((), {"input_ids": ids}), None) for ids in batches]
     tokens = collect(state.gm, wants, flat, seed=seed, progress=progress, total=len(flat))
     alike = [ids for ids in batches if ids.shape[1] == batches[0].shape[1]]
-    sample = torch.cat(alike)[: max(SETTLE_TOKENS // alike[0].shape[1], 1)]
-    return name, tokens, captured.call.flatten((), {"input_ids": sample})
+    rows = max(SETTLE_TOKENS // alike[0].shape[1], 1)
+    sizes = (rows, max(rows // 2, 1))
+    samples = [captured.call.flatten((), {"input_ids": torch.cat(alike)[:n]}) for n in sizes]
+    return name, tokens, tuple(samples)
 
 
 def bisect(

@@ -289,12 +289,15 @@ class Pass(Generic[R]):
         """The routed form of ``region``; must meet ``claim`` when everything is live."""
         raise NotImplementedError
 
-    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> None:
         """Adjust a module that this pass made to the inputs that it gets in the sparse model.
 
         Called just before the module runs, in graph order, while calibration data flows through
         the sparse graph at a budget below one (see :mod:`sparsify.settle`). With everything live
         the module must give what it gave before.
+
+        Args:
+            alone: the other passes' routers keep everything live; else all have the same budget.
         """
 
     # -- what follows from the fields

@@ -16,7 +16,7 @@ TOKENS = 64
 BUDGETS = (1.0, 0.75, 0.5)
 
 
-def run(progress: Any = None, *, tokens: int = 4096) -> int:
+def run(progress: Any = None, *, tokens: int = 3072) -> int:
     """Run the demo and print it; 0 if every claim held and routing beat static pruning."""
     import torch
 

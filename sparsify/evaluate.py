@@ -59,13 +59,19 @@ class Score:
         """Fraction of tokens with the dense model's most likely next token."""
         return self.agree / max(self.tokens, 1)
 
-    def add(self, logits: Tensor, dense: Tensor, ids: Tensor) -> None:
-        """Logits (batch, token, vocabulary) of this model and of the dense one, on ids."""
-        predicted, reference, target = logits[:, :-1], dense[:, :-1], ids[:, 1:]
+    def add(self, logits: Tensor, reference: Tensor, ids: Tensor) -> None:
+        """Score one block.
+
+        Args:
+            logits: (batch, token, vocabulary) of this model.
+            reference: (batch, token, vocabulary) log-probabilities of the dense model.
+            ids: (batch, token).
+        """
+        predicted, reference, target = logits[:, :-1], reference[:, :-1], ids[:, 1:]
         for start in range(0, target.shape[1], _POSITIONS):
             part = slice(start, start + _POSITIONS)
             mine = predicted[:, part].float().log_softmax(-1)
-            theirs = reference[:, part].float().log_softmax(-1)
+            theirs = reference[:, part]
             wanted = target[:, part]
             self.nll -= float(mine.gather(-1, wanted.unsqueeze(-1)).double().sum())
             self.kl += float((theirs.exp() * (theirs - mine)).nansum(dtype=torch.float64))
@@ -115,8 +121,9 @@ def compare(
     with torch.no_grad():
         for batch in batches:
             for ids in batch.split(1):
-                reference = logits_of(dense(ids))
-                scores["dense"].add(reference, reference, ids)
+                logits = logits_of(dense(ids))
+                reference = logits.float().log_softmax(-1)
+                scores["dense"].add(logits, reference, ids)
                 for name, run in others.items():
                     scores[name].add(logits_of(run(ids)), reference, ids)
                 done += 1
@@ -245,17 +252,17 @@ def _dense(model: nn.Module, call: Run) -> Run:
 def _at(model: nn.Module, call: Run, active: float, pass_name: str | None = None) -> Run:
     """The model at a budget; routers are set only when they stand elsewhere."""
     routers = [m for m in model.modules() if isinstance(m, Router)]
-    state: list[tuple[float, int | None]] = []
+    state: list[tuple[float, int | None, float]] = []
 
     def run(ids: Tensor) -> Any:
         if not routers:
             return call(ids)
         if not state:
             set_active(model, active, pass_name=pass_name)
-            state.extend((r.active, r.k_exact) for r in routers)
-        for router, (budget, exact) in zip(routers, state, strict=True):
-            if (router.active, router.k_exact) != (budget, exact):
-                router.set_active(budget, k_exact=exact, warn=False)
+            state.extend(r.setting for r in routers)
+        for router, setting in zip(routers, state, strict=True):
+            if router.setting != setting:
+                router.setting = setting
         return call(ids)
 
     return run
@@ -294,12 +301,12 @@ def _mean(sums: Mapping[str, Any]) -> dict[str, float]:
 @contextlib.contextmanager
 def _budgets_restored(model: nn.Module) -> Iterator[None]:
     routers = [m for m in model.modules() if isinstance(m, Router)]
-    before = [(router.active, router.k_exact) for router in routers]
+    before = [router.setting for router in routers]
     try:
         yield
     finally:
-        for router, (active, exact) in zip(routers, before, strict=True):
-            router.set_active(active, k_exact=exact, warn=False)
+        for router, setting in zip(routers, before, strict=True):
+            router.setting = setting
 
 
 @contextlib.contextmanager

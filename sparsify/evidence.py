@@ -45,35 +45,32 @@ def error_between(found: Tensor, expected: Tensor) -> tuple[float, float]:
 @contextlib.contextmanager
 def dense_limit(model: nn.Module) -> Iterator[None]:
     """All units live, through the routed code path (no dense shortcut)."""
-    before: list[tuple[nn.Module, Any, float | None]] = []
+    before: list[tuple[Any, Any, Any]] = []
     module: Any
     for module in model.modules():
         if is_routed(module):
-            before.append((module, getattr(module, "dispatch", None), module_active(module)))
+            before.append((module, getattr(module, "dispatch", None), _setting(module)))
             if hasattr(module, "dispatch"):
                 module.dispatch = "grouped"
             if before[-1][2] is not None:
-                _set_module_active(module, 1.0)
+                module.set_active(1.0)
     try:
         yield
     finally:
-        for module, dispatch, active in before:
+        for module, dispatch, setting in before:
             if dispatch is not None:
                 module.dispatch = dispatch
-            if active is not None:
-                _set_module_active(module, active)
+            if hasattr(module, "setting"):
+                module.setting = setting
+            elif setting is not None:
+                module.set_active(setting)
 
 
-def module_active(module: nn.Module) -> float | None:
-    """The budget of a module that has a dial of its own."""
-    active = getattr(module, "active", None)
-    return float(active) if isinstance(active, int | float) else None
-
-
-def _set_module_active(module: nn.Module, active: float) -> None:
-    setter = getattr(module, "set_active", None)
-    if setter is not None:
-        setter(active)
+def _setting(module: Any) -> Any:
+    """What brings a module's own dial back; None where it has none."""
+    if not hasattr(module, "set_active"):
+        return None
+    return getattr(module, "setting", None) or float(module.active)
 
 
 class _Forced(fx.Interpreter):

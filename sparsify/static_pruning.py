@@ -205,14 +205,14 @@ def prunable(model: nn.Module) -> dict[str, RoutedFFN | RoutedColumns]:
 def all_live(model: nn.Module) -> Iterator[None]:
     """The dense limit of a routed model; its budgets come back after."""
     routers = [m for m in model.modules() if isinstance(m, Router)]
-    before = [(router.active, router.k_exact) for router in routers]
+    before = [router.setting for router in routers]
     try:
         for router in routers:
             router.set_active(1.0, warn=False)
         yield
     finally:
-        for router, (active, exact) in zip(routers, before, strict=True):
-            router.set_active(active, k_exact=exact, warn=False)
+        for router, setting in zip(routers, before, strict=True):
+            router.setting = setting
 
 
 def rank(
@@ -341,10 +341,17 @@ def _prune_ffn(
     ffn = DenseFFN.of_routed(module)
     if down is not None:
         ffn = dataclasses.replace(ffn, down=down)
-    mask = live.to(module.up.dtype)
+
+    def kept(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows[live]
+
+    ffn = dataclasses.replace(
+        ffn, up=ffn.up[live], gate=kept(ffn.gate), down=ffn.down[live],
+        up_bias=kept(ffn.up_bias), gate_bias=kept(ffn.gate_bias),
+    )  # fmt: skip
 
     def forward(_: nn.Module, x: Tensor) -> Tensor:
-        return ffn.output(ffn.hidden(x) * mask, bias)
+        return ffn.output(ffn.hidden(x), bias)
 
     module.forward = types.MethodType(forward, module)
     try:
