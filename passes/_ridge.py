@@ -37,23 +37,29 @@ def fit_router(x: Tensor, energy: Tensor, *, ridge: float = RIDGE) -> tuple[Tens
     return weight.T.contiguous(), mean_t - mean_x @ weight
 
 
-def fit_stand_ins(module: RoutedFFN, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Constants (N, D) and slopes (R, D) for the experts that are dead at the present budget.
+def fit_stand_ins(module: RoutedFFN, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands in for the experts that are dead at the present budget.
 
     Args:
         x: (T, D) inputs of the layer; scores: (T, R) of its router.
+
+    Returns:
+        constants (N, D), slopes (R, D), and the layer's result with them (T, D).
     """
     experts, block, _ = module.up.shape
     shared = module.router.shared
-    neurons = module.neurons(x).float()
+    neurons = module.neurons(x)
     columns = module.down.float()
-    means = neurons.mean(0).view(experts, 1, block)
-    constants = (means @ columns).squeeze(1)
+    constants = (neurons.float().mean(0).view(experts, 1, block) @ columns).squeeze(1)
     dead = ~module.router.live(scores)
-    routed = neurons[:, shared * block :] * dead.repeat_interleave(block, dim=1)
+    routed = neurons[:, shared * block :].float() * dead.repeat_interleave(block, dim=1)
     lost = routed @ columns[shared:].flatten(0, 1)
     constants[shared:], slopes = fit_compensation(dead, scores, lost, constants[shared:])
-    return constants, slopes
+    y = neurons.float() @ columns.flatten(0, 1) - lost
+    y += dead.float() @ constants[shared:] + (scores.float() * dead) @ slopes
+    if module.down_bias is not None:
+        y += module.down_bias
+    return constants, slopes, y.to(x.dtype)
 
 
 def fit_compensation(
@@ -82,4 +88,5 @@ def fit_compensation(
     gram.diagonal().mul_(1 + SHRINK).add_(0.25 * SHRINK * scale + 1e-6 * len(dead))
     change: Tensor = torch.linalg.solve(gram, features.T @ (lost - dead @ prior))
     slopes = change[units:]
-    return prior + change[:units] - centre[:, None] * slopes, slopes
+    constants = prior + change[:units] - centre[:, None] * slopes
+    return constants.float(), slopes.float()

@@ -63,11 +63,12 @@ class AttnMoh(Pass[Attention]):
         comparable = "stream" in region.ports and not region.time_major  # rows in one order
         return wanted | ({"stream.energy": TOKENS} if comparable else {})
 
-    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> None:
+    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> Tensor | None:
         from sparsify.runtime.router import Router
 
         if isinstance(module, Router):
             module.settle(module.scores(inputs[0]), alone=alone)
+        return None
 
     def rewrite(self, attention: Attention) -> Rewrite:
         from sparsify.passes._weights import packed_attention

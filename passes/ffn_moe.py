@@ -122,7 +122,7 @@ class FfnMoe(Pass[FeedForward]):
         )
         return Rewrite((Splice("moe", module, ("x",), "ffn"),), packed_ffn(ffn, "moe"), note)
 
-    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> None:
+    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> Tensor | None:
         from sparsify.passes._ridge import fit_stand_ins
         from sparsify.runtime.ffn import RoutedFFN
 
@@ -130,8 +130,11 @@ class FfnMoe(Pass[FeedForward]):
         x = inputs[0].reshape(-1, module.width)
         scores = module.router.scores(x)
         module.router.settle(scores, alone=alone)
-        if self.compensate and not alone:
-            module.add_stand_ins(module.router.active, *fit_stand_ins(module, x, scores))
+        if not (self.compensate and alone):
+            return None
+        constants, slopes, y = fit_stand_ins(module, x, scores)
+        module.add_stand_ins(module.router.active, constants, slopes)
+        return y.view_as(inputs[0])
 
     def _fitted(
         self,

@@ -43,7 +43,8 @@ class Router(RoutedModule):
         quantiles: (Q,) ascending scores of calibration tokens, pooled over tokens and units, at the
             probabilities 0, 1/(Q-1), ..., 1; ``threshold`` needs them (see :meth:`calibrate`).
         settled: (S, 2) rows of a budget and what to add to the threshold there, ascending (see
-            :meth:`settle`); settled_alone: the same where only this router's pass is below one.
+            :meth:`settle`), where other passes' routers are turned down as far; settled_alone: the
+            same where only this router's pass is.
         order: int64 (N,): the router's unit i (shared ones first) is unit ``order[i]`` of what it
             routes; None = in order.
         errors: (P,) what is lost per token when the lowest 0, 1/(P-1), ..., 1 of all (token, unit)
@@ -237,11 +238,11 @@ class Router(RoutedModule):
 
     def _shift(self) -> float:
         """What settling adds to the threshold at the present budget."""
-        together = _interpolated(self.settled, self.active)
-        if self.settled_alone is None:
-            return together
         alone = _interpolated(self.settled_alone, self.active)
-        return alone + self.company * (together - alone)
+        if self.settled is None:
+            return alone
+        company = 1.0 if self.settled_alone is None else self.company
+        return alone + company * (_interpolated(self.settled, self.active) - alone)
 
     @property
     def threshold(self) -> float:

@@ -289,7 +289,7 @@ class Pass(Generic[R]):
         """The routed form of ``region``; must meet ``claim`` when everything is live."""
         raise NotImplementedError
 
-    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> None:
+    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> Tensor | None:
         """Adjust a module that this pass made to the inputs that it gets in the sparse model.
 
         Called just before the module runs, in graph order, while calibration data flows through
@@ -298,7 +298,11 @@ class Pass(Generic[R]):
 
         Args:
             alone: the other passes' routers keep everything live; else all have the same budget.
+
+        Returns:
+            the module's result, where settling computes it on the way; None = run the module.
         """
+        return None
 
     # -- what follows from the fields
 

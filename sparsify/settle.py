@@ -2,12 +2,16 @@
 
 Routers are fitted on the dense model's activations, but layer n of the sparse model sees what the
 sparse layers before it made of the text: thresholds read off dense scores let through too much or
-too little, and what stands in for dead units was fitted to other inputs. Here one batch runs
+too little, and what stands in for dead units would be fitted to other inputs. Here one batch runs
 through the graph at a few budgets; just before a routed module runs, its pass may adjust it, so
 every layer is settled on the output of settled layers in a single run per budget (the order of
-greedy layer-wise calibration, as in SparseGPT, arXiv:2301.00774). Where several passes route, each
-is also settled alone, the others all live, for dials that are turned one at a time. With everything
+greedy layer-wise calibration, as in SparseGPT, arXiv:2301.00774). Each pass is settled alone, the
+others all live; where several passes route, then all together, on fewer tokens. With everything
 live nothing changes: the dense limit stays as proven.
+
+What stands in for dead experts is fitted alone: on SmolLM2 with heads all live and half of each
+feed-forward layer, perplexity is 1.46 times the dense one then, and 1.56 times if it is fitted with
+half of the heads dead; with half of both, 1.86 against 1.79.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ def settle(
         gm: the sparse graph; budgets are as before after it.
         made: spliced modules with the pass that made them.
         inputs: flat graph inputs, one batch of calibration text; ``smaller`` the same of fewer
-            tokens, for passes alone.
+            tokens, for all passes together.
         progress: called with ("settle", budgets done, budgets).
     """
     owners = {id(module): work for module, work in made}
@@ -55,14 +59,13 @@ def settle(
         return
     before = [router.setting for router in dials]
     names = list(dict.fromkeys(work.name for _, work in made))
-    runs: list[str | None] = [None, *(names if len(names) > 1 else ())]
+    runs: list[str | None] = [*names, *([None] if len(names) > 1 else [])]
     try:
         for number, (alone, budget) in enumerate(itertools.product(runs, BUDGETS)):
-            set_active(gm, budget if alone is None else 1.0, warn=False)
-            if alone is not None:
-                set_active(gm, budget, pass_name=alone, warn=False)
-            with _hooked([(m, w) for m, w in made if alone in (None, w.name)], alone is not None):
-                run_until(gm, smaller if alone else inputs, nodes[-1])
+            set_active(gm, 1.0)
+            set_active(gm, budget, pass_name=alone, warn=False)
+            with _settling([(m, w) for m, w in made if alone in (None, w.name)], alone is not None):
+                run_until(gm, inputs if alone else smaller, nodes[-1])
             if progress is not None:
                 progress("settle", number + 1, len(runs) * len(BUDGETS))
     finally:
@@ -71,17 +74,24 @@ def settle(
 
 
 @contextlib.contextmanager
-def _hooked(made: Sequence[tuple[nn.Module, Pass[Any]]], alone: bool) -> Iterator[None]:
-    def settles(work: Pass[Any]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _settling(made: Sequence[tuple[Any, Pass[Any]]], alone: bool) -> Iterator[None]:
+    """Inside, modules are settled just before they run."""
+
+    def settled(module: nn.Module, work: Pass[Any]) -> Callable[..., Tensor]:
+        usual = module.forward
+
+        def forward(*inputs: Tensor) -> Tensor:
             with torch.no_grad():
-                work.settle(module, inputs, alone)
+                found = work.settle(module, inputs, alone)
+                result: Tensor = usual(*inputs) if found is None else found
+            return result
 
-        return hook
+        return forward
 
-    handles = [m.register_forward_pre_hook(settles(work)) for m, work in made]
     try:
+        for module, work in made:
+            module.forward = settled(module, work)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, _ in made:
+            module.__dict__.pop("forward", None)

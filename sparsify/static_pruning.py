@@ -227,21 +227,19 @@ def rank(
     """
     found = prunable(model)
     moments = {path: Moments() for path in found}
-    handles = []
     neurons = {p: m.experts * m.hidden for p, m in found.items() if isinstance(m, RoutedFFN)}
     if 4 * sum(n * n for n in neurons.values()) <= REFIT_BYTES:
         for path, size in neurons.items():
             moments[path].cross = torch.zeros(size, size)
-    for path, module in found.items():
-        watch = _watch_ffn if isinstance(module, RoutedFFN) else _watch_heads
-        handles.append(module.register_forward_pre_hook(watch(module, moments[path])))
-    try:
-        with torch.no_grad(), all_live(model):
-            for ids in batches:
-                run(ids)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack, torch.no_grad(), all_live(model):
+        for path, module in found.items():
+            if isinstance(module, RoutedFFN):
+                stack.enter_context(_watched_ffn(module, moments[path]))
+            else:
+                hook = _watch_heads(module, moments[path])
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        for ids in batches:
+            run(ids)
     return {
         path: rank_neurons(DenseFFN.of_routed(module), moments[path])
         if isinstance(module, RoutedFFN)
@@ -251,16 +249,24 @@ def rank(
     }
 
 
-def _watch_ffn(module: Any, moments: Moments) -> Callable[..., None]:
+@contextlib.contextmanager
+def _watched_ffn(module: Any, moments: Moments) -> Iterator[None]:
+    """Inside, the layer runs dense and its neurons are watched."""
     ffn = DenseFFN.of_routed(module)
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hidden = ffn.hidden(args[0].reshape(-1, module.width))
-        moments.add(hidden)
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        hidden = ffn.hidden(x)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        moments.add(rows)
         if moments.cross is not None:
-            moments.cross += (hidden.float().T @ hidden.float()).cpu()
+            moments.cross += (rows.float().T @ rows.float()).cpu()
+        return ffn.output(hidden)
 
-    return hook
+    module.forward = types.MethodType(forward, module)
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _watch_heads(module: Any, moments: Moments) -> Callable[..., None]:
