@@ -71,9 +71,9 @@ class AttnMoh(Pass[Attention]):
         return None
 
     def rewrite(self, attention: Attention) -> Rewrite:
-        from sparsify.passes._weights import packed_attention
         from sparsify.runtime.attend import RoutedAttend
         from sparsify.runtime.heads import RoutedColumns, RoutedRows
+        from sparsify.weights import packed_attention
 
         router, dropped = self._router(attention)
         attend = RoutedAttend(

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sparsify.core import Pass, Refused, Rewrite, Splice, option
-from sparsify.passes._weights import packed_ffn
 from sparsify.regions import FeedForward
 
 if TYPE_CHECKING:
@@ -89,6 +88,7 @@ class FfnMoe(Pass[FeedForward]):
     def rewrite(self, ffn: FeedForward) -> Rewrite:
         from sparsify.passes._experts import group, hidden_of, mean_outputs
         from sparsify.runtime.ffn import RoutedFFN
+        from sparsify.weights import packed_ffn
 
         experts = self._experts(ffn)
         shared = self._shared(experts)

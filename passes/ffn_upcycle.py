@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 
 from sparsify.core import Pass, Refused, Rewrite, Splice, option
-from sparsify.passes._weights import packed_ffn
 from sparsify.regions import FeedForward
 
 
@@ -36,6 +35,7 @@ class FfnUpcycle(Pass[FeedForward]):
 
         from sparsify.runtime.ffn import RoutedFFN
         from sparsify.runtime.router import Router
+        from sparsify.weights import packed_ffn
 
         generator = torch.Generator().manual_seed(self.seed + ffn.index)
         weight = torch.randn(self.experts, ffn.width, generator=generator) * self.noise

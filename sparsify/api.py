@@ -105,7 +105,8 @@ def compile(  # noqa: A001  (the verb of the product)
         verify: ``each`` checks claims after every pass, ``end`` once, ``off`` never.
         dtype: convert a copy of the model to this dtype first.
         seed: of calibration sampling.
-        share: share the weights that no pass rewrites with the caller's model (no copy).
+        share: share the weights that no pass moves with the caller's model (no copy): training
+            the result in place trains them there too. False copies them.
         context: keys per token that the report's attention cost counts.
         progress: called with (what, done, total) during long work.
         on_step: called after each pass with its Step and the pipeline's State.

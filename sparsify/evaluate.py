@@ -166,7 +166,7 @@ def quality(
         active: budgets.
         calibration: token ids that static pruning ranks units on; without them it is left out.
         run: how to call the model on ids; default ``model(ids)``.
-        pass_name: turn and count only what this pass made; the rest stays as it is set.
+        pass_name: turn and count only what this pass made; the rest is all live.
         progress: called with ("evaluate", rows done, rows).
     """
     call: Run = run or model
@@ -258,6 +258,8 @@ def _at(model: nn.Module, call: Run, active: float, pass_name: str | None = None
         if not routers:
             return call(ids)
         if not state:
+            if pass_name is not None:
+                set_active(model, 1.0)
             set_active(model, active, pass_name=pass_name)
             state.extend(r.setting for r in routers)
         for router, setting in zip(routers, state, strict=True):

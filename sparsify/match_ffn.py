@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsify.linears import Linear
 from sparsify.probe import (
@@ -152,6 +152,8 @@ def _region(gm: fx.GraphModule, down: Linear, tree: _Tree, sources: list[Linear]
         value = attribute(gm, str(constant.target))
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise Missed("activation", f"a learned tensor {constant.target} acts on the neurons")
+        if isinstance(value, nn.Parameter):  # as a number it would never train again
+            raise Missed("activation", f"the learned scalar {constant.target} is part of it")
         scalars[constant] = float(value.detach())
     weights: dict[fx.Node, LinearWeight] = {}
     for leaf, source in tree.leaves.items():

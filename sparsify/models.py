@@ -223,7 +223,8 @@ def _pickled(path: Path, name: str, allow_pickle: bool) -> Loaded:
             f"{path} is a pickle and is not read",
             why="a pickle can run any code when it is read",
             help="save the model as safetensors (save_pretrained), or build it in a function and\n"
-            "pass module:function; allow_pickle=True reads it if you trust where it is from",
+            "pass module:function; if you trust where it is from, in Python:\n"
+            "sparsify.compile(sparsify.models.load(path, allow_pickle=True).model, ...)",
         )
     try:
         value = torch.load(path, weights_only=False, map_location="cpu")

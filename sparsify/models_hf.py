@@ -266,7 +266,7 @@ def _check_weights(path: Path, allow_pickle: bool) -> None:
             f"{path} holds its weights as a pickle ({pickles[0]}), which is not read",
             why="a pickle can run any code when it is read",
             help="save it as safetensors where you trust it: model.save_pretrained(folder);\n"
-            "allow_pickle=True reads it here",
+            "sparsify.models.load(path, allow_pickle=True) reads it in Python",
         )
     if (path / MANIFEST).exists():
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 import sparsify
 
 _PACKAGES = (
-    "torch", "transformers", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "gguf",
+    "torch", "transformers", "diffusers", "safetensors", "numpy", "gguf",
     "triton", "onnx", "onnxscript", "onnxruntime", "typer", "rich",
 )  # fmt: skip
 

@@ -14,9 +14,9 @@ class FfnHalves(Pass[FeedForward]):
             raise Refused(f"{ffn.hidden} hidden neurons do not divide into two halves")
 
     def rewrite(self, ffn: FeedForward) -> Rewrite:
-        from sparsify.passes._weights import packed_ffn
         from sparsify.runtime.ffn import RoutedFFN
         from sparsify.runtime.router import Router
+        from sparsify.weights import packed_ffn
 
         router = Router(ffn.up.weight.new_zeros(2, ffn.width))  # yours goes here
         gate, gate_bias = (ffn.gate.weight, ffn.gate.bias) if ffn.gate else (None, None)
