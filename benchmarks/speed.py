@@ -59,8 +59,8 @@ def main() -> None:
             name = f"{pipeline} at {active:.0%}"
             sparse.set_active(active)
             after = facts(sparse.graph, (), context=PREFILL // 2)
-            ideal["prefill"][name] = after.flops / before.flops
-            ideal["decode"][name] = after.bytes / before.bytes
+            ideal["prefill"][name] = after.flops_per_token / before.flops_per_token
+            ideal["decode"][name] = after.bytes_per_token / before.bytes_per_token
             turn = lambda sparse=sparse, active=active: sparse.set_active(active)  # noqa: E731
             work["prefill"][name] = _after(turn, lambda m=sparse: m(ids, use_cache=False))
             work["decode"][name] = _after(turn, _decoder(sparse, ids))

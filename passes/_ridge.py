@@ -83,8 +83,8 @@ def fit_compensation(
     features = torch.cat([dead, dead * (scores - centre)], 1)
     gram = features.T @ features
     scale = float(gram.diagonal()[:units].mean())
-    if scale == 0:
-        return prior, torch.zeros_like(prior)
+    if scale == 0:  # nothing is dead
+        return prior.float(), torch.zeros_like(prior).float()
     gram.diagonal().mul_(1 + SHRINK).add_(0.25 * SHRINK * scale + 1e-6 * len(dead))
     change: Tensor = torch.linalg.solve(gram, features.T @ (lost - dead @ prior))
     slopes = change[units:]

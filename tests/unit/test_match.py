@@ -72,6 +72,11 @@ NEAR_FFN: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
         "activation",
         "a learned tensor slope acts on the neurons",
     ),
+    "learned scalar": (
+        lambda m, x: x + m.down(gelu(m, x) * m.scale),
+        "activation",
+        "the learned scalar scale is part of it",
+    ),
     "hidden used outside": (
         lambda m, x: (lambda h: (x + m.down(h), h))(gelu(m, x)),
         "hidden",
@@ -117,7 +122,6 @@ FFN: dict[str, tuple[Callable[[Any, Tensor], Any], str, bool]] = {
         "gelu-quick", False,
     ),
     "squared relu": (lambda m, x: x + m.down(m.up(x).relu().square()), "relu-squared", False),
-    "learned scalar": (lambda m, x: x + m.down(gelu(m, x) * m.scale), "custom", False),
     "scaled result": (lambda m, x: x + 0.5 * m.down(gelu(m, x)), "gelu", False),
     "residual first": (lambda m, x: m.down(gelu(m, functional.layer_norm(x, (D,)))) + x,
                        "gelu", False),

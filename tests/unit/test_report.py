@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,7 +114,6 @@ def test_infinite_tolerance_survives_strict_json() -> None:
 
 
 def test_json_follows_the_schema() -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(schema())
     jsonschema.validate(make().to_dict(), schema())
     broken = make().to_dict() | {"steps": [{}]}
