@@ -23,7 +23,8 @@ from sparsify.regions import Attention
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sparsify.runtime.router import Router, Rule
+    from sparsify.runtime.budget import Rule
+    from sparsify.runtime.router import Router
 
 TOKENS = 8192  # calibration tokens kept per layer
 

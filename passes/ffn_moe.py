@@ -25,7 +25,8 @@ from sparsify.regions import FeedForward
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sparsify.runtime.router import Router, Rule
+    from sparsify.runtime.budget import Rule
+    from sparsify.runtime.router import Router
 
 MOST = 64  # experts by default: finer blocks lose less, coarser ones run faster
 TOKENS = 8192  # calibration tokens kept per layer

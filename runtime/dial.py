@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from sparsify.errors import BadInput
-from sparsify.runtime.router import Router, check_active, over_budget
+from sparsify.runtime.budget import Budgeted, check_active, over_budget
 from sparsify.text_paths import match_path
 
 
 def routers(
     model: nn.Module, at: str | None = None, pass_name: str | None = None
-) -> list[tuple[str, Router]]:
+) -> list[tuple[str, Budgeted]]:
     """(path, router) in model order; ``at`` is a glob of region paths, as in pipeline texts."""
     return [
         (path, router)
@@ -33,14 +33,14 @@ def routers(
     ]
 
 
-def _owned(model: nn.Module) -> list[tuple[str, str, Router]]:
+def _owned(model: nn.Module) -> list[tuple[str, str, Budgeted]]:
     """(path, name of the pass that made it, router); a router inside a module is of its pass."""
     found = []
     owner: dict[str, str] = {}
     for path, module in model.named_modules():
         name = getattr(module, "pass_name", "") or owner.get(path.rpartition(".")[0], "")
         owner[path] = name
-        if isinstance(module, Router):
+        if isinstance(module, Budgeted):
             found.append((path, name, module))
     return found
 
@@ -111,11 +111,11 @@ def _tell_company(model: nn.Module) -> None:
         router.setting = router.active, router.k_exact, company
 
 
-def _kind(router: Router) -> tuple[str, str, bool]:
+def _kind(router: Budgeted) -> tuple[str, str, bool]:
     return (router.pass_name, router.rule, getattr(router, "errors", None) is not None)
 
 
-def _diffuse(members: Sequence[Router], active: float) -> None:
+def _diffuse(members: Sequence[Budgeted], active: float) -> None:
     """Whole units per layer whose running sum stays within half a unit of the budget's."""
     owed = 0.0
     for router in members:
@@ -126,21 +126,22 @@ def _diffuse(members: Sequence[Router], active: float) -> None:
         router.set_active(active, k_exact=k, warn=False)
 
 
-def _allocate(members: Sequence[Router], active: float) -> None:
+def _allocate(members: Sequence[Budgeted], active: float) -> None:
     """Budgets with the least total error at the mean budget ``active``.
 
-    Each router minimizes ``error + price * live units`` over its table; the price that spends the
+    Each router minimizes ``error + price * work`` over its table; the price that spends the
     budget is found by bisection, and what whole table steps leave is shared in proportion.
     """
     tables = []
     for router in members:
         assert router.errors is not None  # _kind
         dead = torch.linspace(0, 1, router.errors.numel(), dtype=torch.float64)
-        tables.append((router.errors.double().cpu(), router.shared + router.routed * (1 - dead)))
-    wanted = active * sum(router.units for router in members)
+        work = router.unit_cost * (router.shared + router.routed * (1 - dead))
+        tables.append((router.errors.double().cpu(), work))
+    wanted = active * sum(router.unit_cost * router.units for router in members)
 
     def at(price: float) -> list[float]:
-        return [float(units[(errors + price * units).argmin()]) for errors, units in tables]
+        return [float(work[(errors + price * work).argmin()]) for errors, work in tables]
 
     top = max(float(errors.max()) for errors, _ in tables) + 1e-30
     low, high = 1e-30 * top, 1e6 * top  # from everything live to as little as possible
@@ -151,5 +152,5 @@ def _allocate(members: Sequence[Router], active: float) -> None:
     spare = sum(most) - sum(least)
     part = min(max((wanted - sum(least)) / spare, 0.0), 1.0) if spare > 0 else 0.0
     for router, a, b in zip(members, least, most, strict=True):
-        share = (a + part * (b - a)) / router.units
+        share = (a + part * (b - a)) / (router.unit_cost * router.units)
         router.set_active(min(max(share, 1e-6), 1.0), warn=False)

@@ -198,9 +198,9 @@ class SparseModel(nn.Module):
     @property
     def active(self) -> dict[str, float]:
         """Router path -> its budget."""
-        from sparsify.runtime.router import Router
+        from sparsify.runtime.budget import Budgeted
 
-        return {p: float(m.active) for p, m in self.named_modules() if isinstance(m, Router)}
+        return {p: float(m.active) for p, m in self.named_modules() if isinstance(m, Budgeted)}
 
     def realised(self) -> dict[str, float]:
         """Routed module path -> fraction of units that were live since the last reset."""

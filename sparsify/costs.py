@@ -19,8 +19,8 @@ from sparsify.probe import attribute, op_base, shape_of
 from sparsify.regions import Attention, Region
 from sparsify.report import ModelFacts
 from sparsify.rewrite import node_count
+from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.cost import Cost
-from sparsify.runtime.router import Router
 from sparsify.runtime.spec import RoutedModule
 
 CONTEXT = 512  # keys a token attends to, where the caller does not say
@@ -80,7 +80,7 @@ def _active(gm: fx.GraphModule, node: fx.Node) -> float | None:
     for arg in node.all_input_nodes:
         if arg.op == "call_module":
             module = gm.get_submodule(str(arg.target))
-            if isinstance(module, Router):
+            if isinstance(module, Budgeted):
                 return module.active
     return None
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sparsify.errors import BadInput
 from sparsify.report import Quality, QualityRow
+from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.counters import counters, reset
 from sparsify.runtime.dial import set_active
-from sparsify.runtime.router import Router
 from sparsify.static_pruning import Plan, all_live, plan, prunable, pruned, rank
 
 Run = Callable[[Tensor], Any]  # token ids (batch, token) -> logits, or an output that has them
@@ -251,7 +251,7 @@ def _dense(model: nn.Module, call: Run) -> Run:
 
 def _at(model: nn.Module, call: Run, active: float, pass_name: str | None = None) -> Run:
     """The model at a budget; routers are set only when they stand elsewhere."""
-    routers = [m for m in model.modules() if isinstance(m, Router)]
+    routers = [m for m in model.modules() if isinstance(m, Budgeted)]
     state: list[tuple[float, int | None, float]] = []
 
     def run(ids: Tensor) -> Any:
@@ -302,7 +302,7 @@ def _mean(sums: Mapping[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _budgets_restored(model: nn.Module) -> Iterator[None]:
-    routers = [m for m in model.modules() if isinstance(m, Router)]
+    routers = [m for m in model.modules() if isinstance(m, Budgeted)]
     before = [router.setting for router in routers]
     try:
         yield

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.regions import FeedForward
+from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.heads import RoutedColumns
 from sparsify.runtime.program import Program
-from sparsify.runtime.router import Router
 
 linear = nn.functional.linear
 
@@ -204,7 +204,7 @@ def prunable(model: nn.Module) -> dict[str, RoutedFFN | RoutedColumns]:
 @contextlib.contextmanager
 def all_live(model: nn.Module) -> Iterator[None]:
     """The dense limit of a routed model; its budgets come back after."""
-    routers = [m for m in model.modules() if isinstance(m, Router)]
+    routers = [m for m in model.modules() if isinstance(m, Budgeted)]
     before = [router.setting for router in routers]
     try:
         for router in routers:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.errors import BadInput
-from sparsify.runtime.router import Router, check_active
+from sparsify.runtime.budget import check_active
+from sparsify.runtime.router import Router
 from sparsify.runtime.spec import from_spec
 
 
