@@ -7,6 +7,8 @@ Shapes: T calibration tokens, D width, R routed units.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,20 @@ def fit_router(x: Tensor, energy: Tensor, *, ridge: float = RIDGE) -> tuple[Tens
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
     weight = torch.linalg.solve(gram, centred.T @ (target - mean_t))
     return weight.T.contiguous(), mean_t - mean_x @ weight
+
+
+def relative_losses(energy: Tensor, samples: Mapping[str, Tensor]) -> Tensor | None:
+    """What dead units cost, on one scale for all layers: relative to the stream they add to.
+
+    Args:
+        energy: (T, R) squared norms of what is lost; samples: a region's, with ``stream.energy``
+            (T, 1) where it adds to a stream.
+
+    Returns:
+        (T, R), or None where it adds to none.
+    """
+    stream = samples.get("stream.energy")
+    return None if stream is None else energy / stream.clamp_min(1e-30)
 
 
 def fit_stand_ins(module: RoutedFFN, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -113,7 +113,7 @@ class AttnMoh(Pass[Attention]):
         import torch
 
         from sparsify.passes._heads import head_energy, head_means, head_scores
-        from sparsify.passes._ridge import fit_router
+        from sparsify.passes._ridge import fit_router, relative_losses
         from sparsify.runtime.router import Router
 
         shared = self._shared(attention)
@@ -129,9 +129,6 @@ class AttnMoh(Pass[Attention]):
         weight, bias = fit_router(x, energy[:, routed])
         rule: Rule = "top-k" if self.router == "top-k" else "threshold"
         router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule, order=order)
-        losses = None
-        if "stream.energy" in attention.samples:  # all layers on one scale, as in ffn-moe
-            losses = energy[:, routed] / attention.samples["stream.energy"].clamp_min(1e-30)
-        router.calibrate(x, losses)
+        router.calibrate(x, relative_losses(energy[:, routed], attention.samples))
         dropped = head_means(attention).to(dtype) if self.compensate else None
         return router, dropped

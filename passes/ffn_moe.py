@@ -148,7 +148,7 @@ class FfnMoe(Pass[FeedForward]):
     ) -> Router:
         """The router, fitted to calibration samples."""
         from sparsify.passes._experts import expert_energy
-        from sparsify.passes._ridge import fit_router
+        from sparsify.passes._ridge import fit_router, relative_losses
         from sparsify.runtime.router import Router
 
         energy = expert_energy(ffn, hidden, order, experts)[:, shared:]
@@ -156,8 +156,7 @@ class FfnMoe(Pass[FeedForward]):
         dtype = ffn.up.weight.dtype
         rule: Rule = "top-k" if self.router == "top-k" else "threshold"
         router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule)
-        # relative to the stream that the layer adds to, errors of all layers are on one scale
-        router.calibrate(x, energy / ffn.samples["stream.energy"].clamp_min(1e-30))
+        router.calibrate(x, relative_losses(energy, ffn.samples))
         return router
 
     def _from_weights(self, ffn: FeedForward, order: Tensor, experts: int, shared: int) -> Router:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -45,7 +45,6 @@ class Budgeted(RoutedModule):
         settled: (S, 2) rows of a budget and what to add to the threshold there, ascending (see
             :meth:`settle`), where other passes' routers are turned down as far; settled_alone: the
             same where only this router's pass is.
-        unit_cost: work of one unit, relative to other modules of the same pass.
 
     Attributes:
         active: budget, as a fraction of all N units.
@@ -55,7 +54,6 @@ class Budgeted(RoutedModule):
             1 (as far as this one); mixes the two settled tables.
     """
 
-    dial: ClassVar[bool] = True  # set_active on a whole model turns modules that carry this mark
     quantiles: Tensor | None
     errors: Tensor | None
     settled: Tensor | None
@@ -70,7 +68,6 @@ class Budgeted(RoutedModule):
         errors: Tensor | None = None,
         settled: Tensor | None = None,
         settled_alone: Tensor | None = None,
-        unit_cost: float = 1.0,
     ) -> None:
         super().__init__()
         if rule not in get_args(Rule):
@@ -80,7 +77,6 @@ class Budgeted(RoutedModule):
             self.register_buffer(name, None if table is None else table.float())
         self.shared = shared
         self.rule: Rule = rule
-        self.unit_cost = unit_cost
         self.active = 1.0
         self.k_exact: int | None = None
         self.company = 1.0
@@ -263,7 +259,6 @@ class Budgeted(RoutedModule):
         return {
             "shared": self.shared,
             "rule": self.rule,
-            "unit_cost": self.unit_cost,
             "active": self.active,
             "k_exact": self.k_exact,
             "company": self.company,
@@ -273,7 +268,7 @@ class Budgeted(RoutedModule):
     @staticmethod
     def budget_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of ``__init__`` with empty tables of the right sizes."""
-        found = {name: options[name] for name in ("shared", "rule", "unit_cost")}
+        found = {name: options[name] for name in ("shared", "rule")}
         for name in TABLES:
             size = options[name]
             columns = (2,) if name.startswith("settled") else ()

@@ -8,10 +8,11 @@ do; others all get the same.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -97,22 +98,38 @@ def set_active(
     return {path: router.active for path, router in chosen}
 
 
+@contextlib.contextmanager
+def kept(model: nn.Module) -> Iterator[list[Budgeted]]:
+    """All routers; whatever is done to their dials inside, they are turned back after."""
+    members = [router for _, router in routers(model)]
+    before = [router.setting for router in members]
+    try:
+        yield members
+    finally:
+        for router, setting in zip(members, before, strict=True):
+            router.setting = setting
+
+
 def _tell_company(model: nn.Module) -> None:
     """Tell every router how far those of other passes are turned down, relative to its own."""
-    off: dict[str, list[float]] = {}
-    members = _owned(model)
-    for _, name, router in members:
-        off.setdefault(name, []).append(1 - router.active)
-    for _, name, router in members:
-        others = [value for other, values in off.items() if other != name for value in values]
-        own = sum(off[name]) / len(off[name])
-        theirs = sum(others) / len(others) if others else own
+    by_pass: dict[str, list[Budgeted]] = {}
+    for _, name, router in _owned(model):
+        by_pass.setdefault(name, []).append(router)
+    for mine in by_pass.values():
+        others = [router for group in by_pass.values() if group is not mine for router in group]
+        own = _off(mine)
+        theirs = _off(others) if others else own
         company = min(theirs / own, 1.0) if own > 0 else 1.0
-        router.setting = router.active, router.k_exact, company
+        for router in mine:
+            router.setting = router.active, router.k_exact, company
+
+
+def _off(members: Sequence[Budgeted]) -> float:
+    return sum(1 - router.active for router in members) / len(members)
 
 
 def _kind(router: Budgeted) -> tuple[str, str, bool]:
-    return (router.pass_name, router.rule, getattr(router, "errors", None) is not None)
+    return (router.pass_name, router.rule, router.errors is not None)
 
 
 def _diffuse(members: Sequence[Budgeted], active: float) -> None:
@@ -129,19 +146,19 @@ def _diffuse(members: Sequence[Budgeted], active: float) -> None:
 def _allocate(members: Sequence[Budgeted], active: float) -> None:
     """Budgets with the least total error at the mean budget ``active``.
 
-    Each router minimizes ``error + price * work`` over its table; the price that spends the
+    Each router minimizes ``error + price * live units`` over its table; the price that spends the
     budget is found by bisection, and what whole table steps leave is shared in proportion.
     """
     tables = []
     for router in members:
         assert router.errors is not None  # _kind
         dead = torch.linspace(0, 1, router.errors.numel(), dtype=torch.float64)
-        work = router.unit_cost * (router.shared + router.routed * (1 - dead))
-        tables.append((router.errors.double().cpu(), work))
-    wanted = active * sum(router.unit_cost * router.units for router in members)
+        units = router.shared + router.routed * (1 - dead)
+        tables.append((router.errors.double().cpu(), units))
+    wanted = active * sum(router.units for router in members)
 
     def at(price: float) -> list[float]:
-        return [float(work[(errors + price * work).argmin()]) for errors, work in tables]
+        return [float(units[(errors + price * units).argmin()]) for errors, units in tables]
 
     top = max(float(errors.max()) for errors, _ in tables) + 1e-30
     low, high = 1e-30 * top, 1e6 * top  # from everything live to as little as possible
@@ -152,5 +169,5 @@ def _allocate(members: Sequence[Budgeted], active: float) -> None:
     spare = sum(most) - sum(least)
     part = min(max((wanted - sum(least)) / spare, 0.0), 1.0) if spare > 0 else 0.0
     for router, a, b in zip(members, least, most, strict=True):
-        share = (a + part * (b - a)) / (router.unit_cost * router.units)
+        share = (a + part * (b - a)) / router.units
         router.set_active(min(max(share, 1e-6), 1.0), warn=False)

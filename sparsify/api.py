@@ -355,10 +355,11 @@ def _calibrate(
     )
     flat = [(captured.call.flatten((), {"input_ids": ids}), None) for ids in batches]
     tokens = collect(state.gm, wants, flat, seed=seed, progress=progress, total=len(flat))
-    alike = [ids for ids in batches if ids.shape[1] == batches[0].shape[1]]
-    rows = max(SETTLE_TOKENS // alike[0].shape[1], 1)
+    length = batches[0].shape[1]
+    alike = torch.cat([ids for ids in batches if ids.shape[1] == length])
+    rows = max(SETTLE_TOKENS // length, 1)
     sizes = (rows, max(rows // 2, 1))
-    samples = [captured.call.flatten((), {"input_ids": torch.cat(alike)[:n]}) for n in sizes]
+    samples = [captured.call.flatten((), {"input_ids": alike[:n]}) for n in sizes]
     return name, tokens, tuple(samples)
 
 

@@ -19,7 +19,7 @@ from sparsify.errors import BadInput
 from sparsify.report import Quality, QualityRow
 from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.counters import counters, reset
-from sparsify.runtime.dial import set_active
+from sparsify.runtime.dial import kept, set_active
 from sparsify.static_pruning import Plan, all_live, plan, prunable, pruned, rank
 
 Run = Callable[[Tensor], Any]  # token ids (batch, token) -> logits, or an output that has them
@@ -173,7 +173,7 @@ def quality(
     batches = list(batches)
     total = sum(len(batch) for batch in batches)
     passes = 1 + bool(calibration)
-    with _budgets_restored(model), _eval_mode(model):
+    with kept(model), _eval_mode(model):
         runs = {f"routed {a}": _at(model, call, a, pass_name) for a in active}
         live: dict[float, dict[str, float]] = {}
         scores = {}
@@ -298,17 +298,6 @@ def _counting(
 
 def _mean(sums: Mapping[str, Any]) -> dict[str, float]:
     return {path: live / units for path, (live, units) in sums.items() if units}
-
-
-@contextlib.contextmanager
-def _budgets_restored(model: nn.Module) -> Iterator[None]:
-    routers = [m for m in model.modules() if isinstance(m, Budgeted)]
-    before = [router.setting for router in routers]
-    try:
-        yield
-    finally:
-        for router, setting in zip(routers, before, strict=True):
-            router.setting = setting
 
 
 @contextlib.contextmanager

@@ -44,8 +44,8 @@ def splice(
                 where=f"{region.path}: ports {sorted(region.ports)}, sites {sorted(region.sites)}",
                 help="see sparsify/regions.py for the ports and sites of each region",
             )
-        target = _free_name(gm, path, part.name)
         wanted = f"{path}.{part.name}" if path else part.name
+        target = _free_name(gm, wanted)
         if target != wanted:
             names[wanted] = target
         gm.add_submodule(target, part.module)
@@ -104,18 +104,18 @@ def _order(node: fx.Node) -> int:
     return int(node.meta.get("order", 0))
 
 
-def _free_name(gm: fx.GraphModule, path: str, name: str) -> str:
-    """``path.name``, numbered where the model has such an attribute already."""
+def _free_name(gm: fx.GraphModule, wanted: str) -> str:
+    """``wanted``, numbered where the model has such an attribute already."""
+    path, _, name = wanted.rpartition(".")
     parent: Any = gm
     for part in filter(None, path.split(".")):
         parent = getattr(parent, part, None)
-    base = f"{path}.{name}" if path else name
     if parent is None or not hasattr(parent, name):
-        return base
+        return wanted
     number = 2
     while hasattr(parent, f"{name}_{number}"):
         number += 1
-    return f"{base}_{number}"
+    return f"{wanted}_{number}"
 
 
 def erase_dead(gm: fx.GraphModule, private: set[fx.Node]) -> None:

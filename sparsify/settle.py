@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from sparsify.calibrate import Progress, run_until
 from sparsify.core import Pass
-from sparsify.runtime.dial import routers, set_active
+from sparsify.runtime.dial import kept, routers, set_active
 
 BUDGETS = (0.25, 0.5, 0.75)  # ascending; between them modules interpolate
 
@@ -48,19 +48,17 @@ def settle(
             tokens, for all passes together.
         progress: called with ("settle", budgets done, budgets).
     """
-    owners = {id(module): work for module, work in made}
+    ours = {id(module) for module, _ in made}
     nodes = [
         node
         for node in gm.graph.nodes
-        if node.op == "call_module" and id(gm.get_submodule(str(node.target))) in owners
+        if node.op == "call_module" and id(gm.get_submodule(str(node.target))) in ours
     ]
-    dials = [router for _, router in routers(gm)]
-    if not nodes or not dials:
+    if not nodes or not routers(gm):
         return
-    before = [router.setting for router in dials]
     names = list(dict.fromkeys(work.name for _, work in made))
     runs: list[str | None] = [*names, *([None] if len(names) > 1 else [])]
-    try:
+    with kept(gm):
         for number, (alone, budget) in enumerate(itertools.product(runs, BUDGETS)):
             set_active(gm, 1.0)
             set_active(gm, budget, pass_name=alone, warn=False)
@@ -68,9 +66,6 @@ def settle(
                 run_until(gm, inputs if alone else smaller, nodes[-1])
             if progress is not None:
                 progress("settle", number + 1, len(runs) * len(BUDGETS))
-    finally:
-        for router, setting in zip(dials, before, strict=True):
-            router.setting = setting
 
 
 @contextlib.contextmanager

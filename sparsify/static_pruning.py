@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.regions import FeedForward
-from sparsify.runtime.budget import Budgeted
+from sparsify.runtime.dial import kept
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.heads import RoutedColumns
 from sparsify.runtime.program import Program
@@ -204,15 +204,10 @@ def prunable(model: nn.Module) -> dict[str, RoutedFFN | RoutedColumns]:
 @contextlib.contextmanager
 def all_live(model: nn.Module) -> Iterator[None]:
     """The dense limit of a routed model; its budgets come back after."""
-    routers = [m for m in model.modules() if isinstance(m, Budgeted)]
-    before = [router.setting for router in routers]
-    try:
+    with kept(model) as routers:
         for router in routers:
             router.set_active(1.0, warn=False)
         yield
-    finally:
-        for router, setting in zip(routers, before, strict=True):
-            router.setting = setting
 
 
 def rank(

@@ -10,7 +10,6 @@ import torch
 import sparsify
 from sparsify import models
 from sparsify.errors import SparsifyError
-from sparsify.runtime.dispatch import HALF
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 PROMPT = "The three most important things about writing software are"
@@ -51,8 +50,9 @@ def test_generated_text_is_the_same(loaded: Any, sparse: Any) -> None:
     assert torch.equal(sparse.generate(**given, **options), dense)
 
 
-@pytest.mark.parametrize("dtype", HALF[1:], ids=str)
-def test_claims_hold_in_half_precision(loaded: Any, dtype: torch.dtype) -> None:
-    found = sparsify.compile(loaded.model, "ffn-moe,attn-moh", dtype=dtype, reproducer=None)
+def test_claims_hold_in_half_precision(loaded: Any) -> None:
+    found = sparsify.compile(
+        loaded.model, "ffn-moe,attn-moh", dtype=torch.bfloat16, reproducer=None
+    )
     assert found.report.ok
     assert {e.dtype for s in found.report.steps for e in s.evidence} == {"bfloat16"}
