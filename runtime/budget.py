@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ERROR_POINTS = 65  # of an error table
 TABLES = ("quantiles", "errors", "settled", "settled_alone")
-Rule = Literal["top-k", "threshold", "softmax-top-k"]
+Rule = Literal["top-k", "threshold", "softmax-top-k", "prefix"]
+SPREAD = ("threshold", "prefix")  # rules whose budgets follow the error tables of their layers
 
 
 class Budgeted(RoutedModule):
@@ -36,7 +37,7 @@ class Budgeted(RoutedModule):
         rule: ``top-k`` keeps the same number of units for every token; ``threshold`` keeps those
             that score above one value, so that tokens take as many as they need and the budget
             holds on average; ``softmax-top-k`` keeps k and weights them by the softmax of their
-            scores, which sum to one.
+            scores, which sum to one; ``prefix`` keeps the first k of a fixed order.
         quantiles: (Q,) ascending scores of calibration tokens, pooled over tokens and units, at the
             probabilities 0, 1/(Q-1), ..., 1; ``threshold`` needs them (see :meth:`calibrate`).
         errors: (P,) what is lost per token when the lowest 0, 1/(P-1), ..., 1 of all (token, unit)
@@ -47,6 +48,8 @@ class Budgeted(RoutedModule):
             same where only this router's pass is.
 
     Attributes:
+        unit_cost: what one unit of one token costs, in any measure shared by the routers of a pass
+            (multiply-adds): a budget for several layers is a share of their summed cost.
         active: budget, as a fraction of all N units.
         k_exact: routed units a token keeps under the top-k rules, where the owner of several layers
             spreads rounding over them; None = rounded here.
@@ -68,6 +71,7 @@ class Budgeted(RoutedModule):
         errors: Tensor | None = None,
         settled: Tensor | None = None,
         settled_alone: Tensor | None = None,
+        unit_cost: float = 1.0,
     ) -> None:
         super().__init__()
         if rule not in get_args(Rule):
@@ -77,6 +81,7 @@ class Budgeted(RoutedModule):
             self.register_buffer(name, None if table is None else table.float())
         self.shared = shared
         self.rule: Rule = rule
+        self.unit_cost = unit_cost
         self.active = 1.0
         self.k_exact: int | None = None
         self.company = 1.0
@@ -237,6 +242,8 @@ class Budgeted(RoutedModule):
             return torch.ones_like(scores, dtype=torch.bool)
         if self.rule == "threshold":
             return scores > self.threshold
+        if self.rule == "prefix":
+            return (torch.arange(self.routed, device=scores.device) < kept).expand(scores.shape)
         # torch.topk breaks ties as it likes; a stable sort makes the choice reproducible.
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : int(kept)]
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
@@ -262,6 +269,7 @@ class Budgeted(RoutedModule):
             "active": self.active,
             "k_exact": self.k_exact,
             "company": self.company,
+            "unit_cost": self.unit_cost,
             **sizes,
         }
 
@@ -269,6 +277,7 @@ class Budgeted(RoutedModule):
     def budget_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of ``__init__`` with empty tables of the right sizes."""
         found = {name: options[name] for name in ("shared", "rule")}
+        found["unit_cost"] = options.get("unit_cost", 1.0)
         for name in TABLES:
             size = options[name]
             columns = (2,) if name.startswith("settled") else ()

@@ -1,9 +1,9 @@
 """The active budget as a dial: one number for the model, spread over its layers.
 
 Top-k routers keep whole units, so rounding is carried from layer to layer (error diffusion) and
-the mean over the layers meets the budget. Threshold routers with an error table get the budgets
-whose errors add up to the least (one Lagrange multiplier for all), so layers that can spare more
-do; others all get the same.
+the mean over the layers meets the budget. Threshold routers (and fixed orders) with an error table
+get the budgets whose errors add up to the least (one Lagrange multiplier for all), so layers that
+can spare more do; others all get the same. Where units differ in cost, budgets are shares of cost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import BadInput
-from sparsify.runtime.budget import Budgeted, check_active, over_budget
+from sparsify.runtime.budget import SPREAD, Budgeted, check_active, over_budget
 from sparsify.text_paths import match_path
 
 
@@ -87,7 +87,7 @@ def set_active(
     )
     for (_, rule, errors), group in by_kind:
         members = [router for _, router in group]
-        if rule == "threshold" and errors and len(members) > 1 and active < 1:
+        if rule in SPREAD and errors and len(members) > 1 and active < 1:
             _allocate(members, active)
         elif rule == "threshold":
             for router in members:
@@ -146,21 +146,23 @@ def _diffuse(members: Sequence[Budgeted], active: float) -> None:
 def _allocate(members: Sequence[Budgeted], active: float) -> None:
     """Budgets with the least total error at the mean budget ``active``.
 
-    Each router minimizes ``error + price * live units`` over its table; the price that spends the
-    budget is found by bisection, and what whole table steps leave is shared in proportion.
+    Each router minimizes ``error + price * cost of live units`` over its table; the price that
+    spends the budget is found by bisection, and what whole table steps leave is shared in
+    proportion.
     """
     tables = []
     for router in members:
         assert router.errors is not None  # _kind
         dead = torch.linspace(0, 1, router.errors.numel(), dtype=torch.float64)
-        units = router.shared + router.routed * (1 - dead)
-        tables.append((router.errors.double().cpu(), units))
-    wanted = active * sum(router.units for router in members)
+        cost = (router.shared + router.routed * (1 - dead)) * router.unit_cost
+        tables.append((router.errors.double().cpu(), cost))
+    wanted = active * sum(router.units * router.unit_cost for router in members)
 
     def at(price: float) -> list[float]:
-        return [float(units[(errors + price * units).argmin()]) for errors, units in tables]
+        return [float(cost[(errors + price * cost).argmin()]) for errors, cost in tables]
 
     top = max(float(errors.max()) for errors, _ in tables) + 1e-30
+    top /= min(router.unit_cost for router in members)
     low, high = 1e-30 * top, 1e6 * top  # from everything live to as little as possible
     for _ in range(60):
         price = math.sqrt(low * high)
@@ -169,5 +171,5 @@ def _allocate(members: Sequence[Budgeted], active: float) -> None:
     spare = sum(most) - sum(least)
     part = min(max((wanted - sum(least)) / spare, 0.0), 1.0) if spare > 0 else 0.0
     for router, a, b in zip(members, least, most, strict=True):
-        share = (a + part * (b - a)) / router.units
+        share = (a + part * (b - a)) / (router.units * router.unit_cost)
         router.set_active(min(max(share, 1e-6), 1.0), warn=False)

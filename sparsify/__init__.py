@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         option,
     )
     from sparsify.errors import SparsifyError
-    from sparsify.regions import Attention, FeedForward, Region
+    from sparsify.regions import Attention, FeedForward, Projection, Region
     from sparsify.report import Report
     from sparsify.runtime.model import SparseModel
 
@@ -56,7 +56,7 @@ _HOME = {
         "Remark", "Rewrite", "Splice", "option",
     ),
     "sparsify.errors": ("SparsifyError",),
-    "sparsify.regions": ("Attention", "FeedForward", "Region"),
+    "sparsify.regions": ("Attention", "FeedForward", "Projection", "Region"),
     "sparsify.report": ("Report",),
     "sparsify.runtime.model": ("SparseModel",),
 }  # fmt: skip
@@ -72,6 +72,7 @@ __all__ = [
     "FeedForward",
     "Moved",
     "Pass",
+    "Projection",
     "Refused",
     "Region",
     "Remark",

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from sparsify import registry, text
 from sparsify.calibrate import collect
 from sparsify.capture import Capture, capture
-from sparsify.core import Refused, Remark
+from sparsify.core import Pass, Refused, Remark
 from sparsify.corpus import token_blocks
 from sparsify.costs import CONTEXT, facts
 from sparsify.diagnose import bisect as _bisect
@@ -43,7 +43,7 @@ from sparsify.pipeline import (
     stop_on_failure,
 )
 from sparsify.probe import annotate
-from sparsify.regions import Matches
+from sparsify.regions import Matches, Region
 from sparsify.report import Report, Step
 from sparsify.reproducer import reproduce
 from sparsify.runtime.dial import set_active
@@ -130,7 +130,7 @@ def compile(  # noqa: A001  (the verb of the product)
         model, example, tokenizer, _dtype(dtype), share, seconds, progress
     )
     wanted = {stage.work.region_type for stage in stages}
-    if not any(isinstance(r, tuple(wanted)) for r in matches.regions):
+    if not any(matches.of(kind) for kind in wanted):
         raise _nothing(loaded.name, wanted, matches)
     state = prepare(captured.graph, captured.example, captured.golden, matches)
     dense = facts(state.gm, matches.regions, context=context)
@@ -201,23 +201,12 @@ def inspect(model: Any, example: Any = None, *, progress: Progress | None = None
         applies: list[str] = []
         refused: list[Remark] = []
         for name, cls in registry.all_passes().items():
-            if not isinstance(region, cls.region_type):
-                continue
-            try:
-                cls().check(region)
+            mine = [r for r in (region, *region.parts) if isinstance(r, cls.region_type)]
+            left = [remark for r in mine if (remark := _refusal(cls(), r)) is not None]
+            if len(left) < len(mine):
                 applies.append(name)
-            except Refused as error:
-                refused.append(
-                    Remark(
-                        "left",
-                        name,
-                        region.path,
-                        region.kind,
-                        error.reason,
-                        error.suggestion,
-                        region.where,
-                    )
-                )
+            else:
+                refused += left
         rows.append(
             RegionRow(
                 region.path,
@@ -245,6 +234,16 @@ def inspect(model: Any, example: Any = None, *, progress: Progress | None = None
         notes=captured.notes,
         seconds=seconds,
     )
+
+
+def _refusal(work: Pass[Any], region: Region) -> Remark | None:
+    """Why a pass would leave the region dense; None where it would not."""
+    try:
+        work.check(region)
+    except Refused as error:
+        reason, help = error.reason, error.suggestion  # noqa: A001
+        return Remark("left", work.name, region.path, region.kind, reason, help, region.where)
+    return None
 
 
 # ---------------------------------------------------------------------------- parts
@@ -340,7 +339,7 @@ def _calibrate(
     if calibration is None:
         return None, 0, ()
     wants = []
-    for region in state.matches.regions:
+    for region in state.matches.all_regions:
         ports: dict[str, int] = {}
         for stage in stages:
             if isinstance(region, stage.work.region_type) and stage.selects(region):

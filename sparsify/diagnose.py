@@ -39,9 +39,7 @@ def bisect(
             continue
         if failed.scope == "region":
             return Bisection(pipeline, stages[count - 1].work.name, failed.region, failed, runs)
-        regions = [
-            r for r in state.matches.regions if isinstance(r, stages[count - 1].work.region_type)
-        ]
+        regions = state.matches.of(stages[count - 1].work.region_type)
         low, high = 0, len(regions)  # rewriting the first `low` holds, the first `high` fails
         while high - low > 1:
             middle = (low + high) // 2

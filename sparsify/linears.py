@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, fx, nn
 
-from sparsify.probe import attribute, op_base, shape_of
-from sparsify.regions import LinearWeight
+from sparsify.probe import attribute, op_base, shape_of, source_line
+from sparsify.regions import LinearWeight, Projection, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,34 @@ class Linear:
             self.transposed,
             rows,
         )
+
+
+def projections(
+    gm: fx.GraphModule, roles: Iterable[tuple[str, Linear]], ports: Mapping[str, fx.Node]
+) -> list[Projection]:
+    """The projections of a region as regions of their own; roles of a fused one are joined.
+
+    Args:
+        roles: (role, projection).
+        ports: of the larger region: ``y`` and maybe ``stream``.
+    """
+    named: dict[fx.Node, tuple[Linear, list[str]]] = {}
+    for role, linear in roles:
+        names = named.setdefault(linear.result, (linear, []))[1]
+        if role not in names:
+            names.append(role)
+    outer = {"result": ports["y"]} | {n: ports[n] for n in ("stream",) if n in ports}
+    return [
+        Projection(
+            path=str(linear.weight.target).removesuffix("weight").rstrip("._"),
+            where=source_line(linear.nodes[0].meta),
+            linear=linear.tensors(gm),
+            role="+".join(names),
+            ports={"x": linear.x, "y": linear.result, **outer},
+            sites={"projection": Site(linear.result, linear.nodes)},
+        )
+        for linear, names in named.values()
+    ]
 
 
 def _role(parameter: Tensor, rows: Tensor | None, transposed: bool) -> Tensor:

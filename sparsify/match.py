@@ -39,8 +39,17 @@ def find(gm: fx.GraphModule, example: tuple[Any, ...]) -> Matches:
         elif found is not None:
             regions.append(found)
     regions.sort(key=lambda region: int(region.ports["y"].meta["order"]))
-    _number(regions)
-    return Matches(regions, misses, find_blocks(regions))
+    taken: set[fx.Node] = set()
+    for region in regions:  # a projection that two regions read belongs to the first
+        region.parts = [part for part in region.parts if part.ports["y"] not in taken]
+        taken.update(part.ports["y"] for part in region.parts)
+    matches = Matches(regions, misses, [])
+    _number(matches.all_regions)
+    matches.blocks = find_blocks(regions)
+    for region in regions:
+        for part in region.parts:
+            part.parent, part.block = region.path, region.block
+    return matches
 
 
 def _number(regions: list[Region]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.linears import Linear
+from sparsify.linears import Linear, projections
 from sparsify.match_ffn import Missed, common_path, plain, residual
 from sparsify.probe import (
     NotFollowed,
@@ -315,6 +315,10 @@ def _region(gm: fx.GraphModule, core: _Core, linears: dict[fx.Node, Linear]) -> 
     with contextlib.suppress(Missed):
         ports["stream"] = residual(output.result, query.x)
     out = output.tensors(gm)
+    roles = [("query", query), *(("key", k) for k in key), *(("value", v) for v in value)]
+    parts = projections(gm, [*roles, ("output", output)], ports)
+    for part in parts:
+        part.time_major = tokens_first
     return Attention(
         path=common_path([str(query.weight.target), out.weight_name]),
         where=source_line(core.result.meta),
@@ -337,6 +341,7 @@ def _region(gm: fx.GraphModule, core: _Core, linears: dict[fx.Node, Linear]) -> 
         spelled=core.spelled,
         ports=ports,
         sites=sites,
+        parts=parts,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.linears import Linear
+from sparsify.linears import Linear, projections
 from sparsify.probe import (
     NotFollowed,
     attribute,
@@ -187,6 +187,10 @@ def _region(gm: fx.GraphModule, down: Linear, tree: _Tree, sources: list[Linear]
     stream = residual(down.result, x)
     activation = _program(down.x, tree, up, gate, scalars)
     order = sorted(inside, key=lambda n: int(n.meta["order"]))
+    ports = {"x": x, "hidden": down.x, "y": down.result, "stream": stream}
+    roles = [("up", tree.leaves[up]), ("down", down)]
+    if gate is not None:
+        roles.insert(0, ("gate", tree.leaves[gate]))
     return FeedForward(
         path=common_path([weights[up].weight_name, down.tensors(gm).weight_name]),
         where=source_line(down.nodes[0].meta),
@@ -195,8 +199,9 @@ def _region(gm: fx.GraphModule, down: Linear, tree: _Tree, sources: list[Linear]
         down=down.tensors(gm),
         activation=activation,
         activation_name=activation_name(activation),
-        ports={"x": x, "hidden": down.x, "y": down.result, "stream": stream},
+        ports=ports,
         sites={"ffn": Site(down.result, tuple(order))},
+        parts=projections(gm, roles, ports),
     )
 
 

@@ -65,12 +65,13 @@ def prepare(
     gm: fx.GraphModule, example: tuple[Tensor, ...], golden: tuple[Tensor, ...], matches: Matches
 ) -> State:
     """The state before the first pass; records every region's dense result."""
-    for region in matches.regions:
+    regions = matches.all_regions
+    for region in regions:
         region.ports["y"].meta["keep"] = True
     kept = annotate(gm, example)
-    dense = {key(r): kept[r.ports["y"]].detach().clone() for r in matches.regions}
-    for region in matches.regions:
-        region.ports["y"].meta.pop("keep")
+    dense = {key(r): kept[r.ports["y"]].detach().clone() for r in regions}
+    for region in regions:
+        region.ports["y"].meta.pop("keep", None)  # a projection may share it with its region
     return State(gm, example, golden, matches, dense)
 
 
@@ -105,13 +106,14 @@ def run_stage(
     remarks: list[Remark] = []
     moved: list[Moved] = []
     done: list[tuple[Region, Claim, int]] = []
-    mine = [r for r in state.matches.regions if isinstance(r, work.region_type)]
+    everything = state.matches.all_regions
+    mine = state.matches.of(work.region_type)
     for number, region in enumerate(mine):
         outcome = _one(state, stage, region)
         if isinstance(outcome, Remark):
             remarks.append(outcome)
         else:
-            names = splice(state.gm, region, outcome, work.name, state.matches.regions)
+            names = splice(state.gm, region, outcome, work.name, everything)
             state.made += [(part.module, work) for part in outcome.splices]
             done.append((region, work.claim, outcome.length or region.length))
             moved.extend(renamed(outcome.weights, names))
@@ -133,7 +135,7 @@ def run_stage(
     state.claims += [(claim, length) for _, claim, length in done]
     evidence: list[Evidence] = []
     if done and verify == "each":
-        others = [r for r in state.matches.regions if r.rewritten_by is not None]
+        others = [r for r in everything if r.rewritten_by is not None]
         evidence = check_regions(state.gm, state.example, done, state.dense, others)
         evidence.append(check_end_to_end(state.gm, state.example, state.golden, state.claims))
         stop_on_failure(state, stage, evidence, reproducer)
@@ -169,6 +171,8 @@ def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
         return left("not selected by at= / skip=")
     if region.rewritten_by is not None:
         return left(f"already rewritten by {region.rewritten_by}")
+    if region.blocked is not None:
+        return left(region.blocked)
     try:
         work.check(region)
         with torch.no_grad():
@@ -206,14 +210,14 @@ def stop_on_failure(
         return
     worst = max(failed, key=lambda e: (e.scope == "region", e.error / max(e.tolerance, 1e-300)))
     kind = stage.work.region_type if stage is not None else Region
-    by_path = {r.path: r for r in state.matches.regions if isinstance(r, kind)}
+    by_path = {r.path: r for r in state.matches.of(kind)}
     region = by_path.get(worst.region) if worst.scope == "region" else None
     pipeline = unparse([s.text for s in state.stages])
     folder = None
     if reproducer is not None and region is not None:
         marks = {
             r.ports["y"]: state.dense[key(r)]
-            for r in state.matches.regions
+            for r in state.matches.all_regions
             if r.rewritten_by is not None
         }
         folder = write_reproducer(

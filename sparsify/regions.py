@@ -58,7 +58,9 @@ class Region:
             norms of the port's rows), filled when the pass asked and
             calibration data were given. Rows of all ports of a region belong to the same tokens.
         rewritten_by: the pass that already rewrote it, if any.
+        blocked: why no pass can rewrite it any more, where a region that overlaps was rewritten.
         block: index of the repeated block it lies in, or None.
+        parts: smaller regions inside it (its projections); Matches.all_regions lists them too.
     """
 
     kind: ClassVar[str] = "Region"
@@ -70,7 +72,9 @@ class Region:
     sites: dict[str, Site] = dataclasses.field(default_factory=dict, repr=False)
     samples: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
     rewritten_by: str | None = None
+    blocked: str | None = None
     block: int | None = None
+    parts: list[Projection] = dataclasses.field(default_factory=list, repr=False)
 
     def facts(self) -> dict[str, Any]:
         """What a reader wants to know, as plain values."""
@@ -88,6 +92,32 @@ class Site:
 
     result: fx.Node
     nodes: tuple[fx.Node, ...] = ()
+
+
+@dataclasses.dataclass
+class Projection(Region):
+    """One dense projection ``y = x W^T + b`` of a larger region.
+
+    Ports: ``x`` (..., in), ``y`` (..., out), ``result`` the result of the larger region and
+    ``stream`` its residual stream (where it has one). Sites: ``projection``.
+    ``role``: what it is in the larger region, ``up``, ``gate``, ``down``, ``query``, ``key``,
+    ``value``, ``output``, or several joined by ``+`` where they are fused. ``parent``: its path.
+    ``time_major``: rows run over (T, B) inside the region, not (B, T).
+    """
+
+    kind: ClassVar[str] = "Projection"
+    linear: LinearWeight = dataclasses.field(kw_only=True)
+    role: str = dataclasses.field(kw_only=True)
+    parent: str = dataclasses.field(kw_only=True, default="")
+    time_major: bool = dataclasses.field(kw_only=True, default=False)
+
+    @property
+    def length(self) -> int:
+        return int(self.linear.weight.shape[1])
+
+    def facts(self) -> dict[str, Any]:
+        out, width = self.linear.weight.shape
+        return {"role": self.role, "in": width, "out": out, "bias": self.linear.bias is not None}
 
 
 @dataclasses.dataclass
@@ -214,8 +244,21 @@ class NearMiss:
 
 @dataclasses.dataclass
 class Matches:
-    """All that the matcher found in one graph, in execution order."""
+    """All that the matcher found in one graph, in execution order.
+
+    Attributes:
+        regions: attention and feed-forward layers.
+    """
 
     regions: list[Region]
     near_misses: list[NearMiss]
     blocks: list[Block]
+
+    @property
+    def all_regions(self) -> list[Region]:
+        """The regions and the parts inside them."""
+        return [*self.regions, *(part for region in self.regions for part in region.parts)]
+
+    def of(self, kind: type[Any]) -> list[Region]:
+        """All regions of one type."""
+        return [region for region in self.all_regions if isinstance(region, kind)]

@@ -65,15 +65,31 @@ def splice(
             node.meta.pop("shape", None)
         handles[part.name] = node
     private = {n for s in region.sites.values() for n in s.nodes}
+    overlapping = _sites(regions)
     for other in regions:
         other.ports = {name: replaced.get(n, n) for name, n in other.ports.items()}
         for site in other.sites.values():
             site.result = replaced.get(site.result, site.result)
     erase_dead(gm, private)
     region.rewritten_by = pass_name
+    kept = set(gm.graph.nodes) - set(replaced)
+    gone = {node for nodes in overlapping.values() for node in nodes if node not in kept}
+    for other in regions:
+        if other is region or other.blocked is not None or not gone & overlapping[id(other)]:
+            continue
+        inside = any(other is part for part in region.parts)
+        how = "it lies inside" if inside else "a part of it is"
+        other.blocked = f"{how} {region.path}, which {pass_name} rewrote"
     for order, node in enumerate(gm.graph.nodes):
         node.meta["order"] = order
     return names
+
+
+def _sites(regions: Iterable[Region]) -> dict[int, set[fx.Node]]:
+    """id of a region -> the nodes that its sites compute with."""
+    return {
+        id(r): {n for site in r.sites.values() for n in (site.result, *site.nodes)} for r in regions
+    }
 
 
 def renamed(weights: Iterable[Moved], names: Mapping[str, str]) -> list[Moved]:

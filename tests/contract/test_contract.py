@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +17,42 @@ from torch.utils import _pytree
 import sparsify
 from sparsify import registry, zoo
 from sparsify.api import share_clone
-from sparsify.evidence import dense_limit, error_between
+from sparsify.errors import NothingMatched
 from sparsify.match import find
 from sparsify.regions import Region
+from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.model import SparseModel
 from sparsify.runtime.router import Router
 from sparsify.weights import dense_weights
-from tests.contract.zoo_captures import MODELS, captured, tokens_of
+from tests.contract.zoo_captures import (
+    LIMITS,
+    MODELS,
+    captured,
+    compiled,
+    tokens_of,
+    worst_relative,
+)
 
 PASSES = tuple(registry.names())
-PAIRS = tuple(itertools.permutations(PASSES, 2))
-
-
-def same_region(pair: tuple[str, str]) -> bool:
-    return registry.get(pair[0]).region_type is registry.get(pair[1]).region_type
-
-
-LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
-@functools.cache
-def compiled(name: str, pipeline: str, dtype: torch.dtype = torch.float32) -> Any:
-    """One model per worker; tests leave it as it was (everything live, no gradients)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return sparsify.compile(captured(name, dtype), pipeline, reproducer=None)
 
 
 @functools.cache
 def regions_of(name: str) -> tuple[Region, ...]:
     cap = captured(name)
-    return tuple(find(share_clone(cap.graph), cap.example).regions)
+    return tuple(find(share_clone(cap.graph), cap.example).all_regions)
 
 
-def worst_relative(model: SparseModel) -> float:
-    """Largest error over the outputs at the dense limit, relative to each output's scale."""
-    with torch.no_grad(), dense_limit(model):
-        found = model.graph(*model.example)
-    pairs = zip(found, model.golden, strict=True)
-    errors = [error_between(a, b) for a, b in pairs if b.is_floating_point()]
-    return max(error / max(scale, 1e-30) for error, scale in errors)
+def works(name: str, pipeline: str) -> Any:
+    """The compiled model; skips where the pass does nothing, once it said why of every region."""
+    try:
+        model = compiled(name, pipeline)
+    except NothingMatched as error:
+        pytest.skip(f"nothing to rewrite: {error}")
+    if not any(step.count("applied") for step in model.report.steps):
+        assert all(r.reason for step in model.report.steps for r in step.remarks)
+        pytest.skip("every region refused, with a reason")
+    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,6 +62,7 @@ def test_every_region_is_found(name: str) -> None:
     kinds = [region.kind for region in regions]
     assert kinds.count("Attention") == made.attention
     assert kinds.count("FeedForward") == made.feed_forward
+    assert kinds.count("Projection") >= 2 * made.feed_forward
     assert len({(r.kind, r.path) for r in regions}) == len(regions)
     assert all(region.block is not None for region in regions)
     assert all(region.where for region in regions)
@@ -78,10 +72,11 @@ def test_every_region_is_found(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=["fp32", "fp64"])
 def test_dense_limit(name: str, pipeline: str, dtype: torch.dtype) -> None:
+    works(name, pipeline)
     model = compiled(name, pipeline, dtype)
     (step,) = model.report.steps
-    assert step.count("applied") + step.count("left") > 0
-    assert step.count("applied") == 0 or worst_relative(model) <= LIMITS[dtype]
+    assert step.count("applied") > 0
+    assert worst_relative(model) <= LIMITS[dtype]
     assert model.report.ok
     kind = registry.get(pipeline).region_type.kind
     regions = [r for r in regions_of(name) if r.kind == kind]
@@ -90,29 +85,10 @@ def test_dense_limit(name: str, pipeline: str, dtype: torch.dtype) -> None:
     assert all(r.reason for r in step.remarks)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", LIMITS, ids=["fp32", "fp64"])
-def test_dense_limit_of_pairs(name: str, pair: tuple[str, str], dtype: torch.dtype) -> None:
-    if same_region(pair) and dtype == torch.float64:
-        pytest.skip("the second pass does nothing: fp32 shows that")
-    model = compiled(name, ",".join(pair), dtype)
-    first, second = model.report.steps
-    assert first.count("applied") > 0
-    assert worst_relative(model) <= LIMITS[dtype]
-    if same_region(pair):
-        assert second.count("applied") == 0
-        assert {r.reason for r in second.remarks if r.kind == "left"} == {
-            f"already rewritten by {pair[0]}"
-        }
-    else:
-        assert second.count("applied") > 0
-
-
 @pytest.mark.parametrize("pipeline", PASSES)
 @pytest.mark.parametrize("name", MODELS)
 def test_second_run_finds_nothing_more(name: str, pipeline: str) -> None:
-    first, second = compiled(name, f"{pipeline},{pipeline}").report.steps
+    first, second = works(name, f"{pipeline},{pipeline}").report.steps
     assert second.count("applied") == 0
     assert second.count("left") == first.count("applied") + first.count("left")
 
@@ -121,7 +97,7 @@ def test_second_run_finds_nothing_more(name: str, pipeline: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_names_and_weight_map(name: str, pipeline: str) -> None:
     dense = captured(name).graph
-    model = compiled(name, pipeline)
+    model = works(name, pipeline)
     before = dict(dense.named_parameters())
     after = dict(model.named_parameters())
     moved = {m.dense for step in model.report.steps for m in step.weights}
@@ -135,15 +111,17 @@ def test_names_and_weight_map(name: str, pipeline: str) -> None:
                 found = getattr(found, part)  # the map names tensors that exist
     moves = [move for step in model.report.steps for move in step.weights]
     undone = dense_weights(model, moves)
+    bounded = registry.get(pipeline).claim.kind == "BOUNDED"
     for path, tensor in undone.items():
-        assert torch.equal(tensor, before[path]), f"{path} does not come back"
+        same = torch.allclose(tensor, before[path], atol=1e-5) if bounded else None
+        assert torch.equal(tensor, before[path]) or same, f"{path} does not come back"
     assert moved and set(undone) == moved
 
 
 @pytest.mark.parametrize("pipeline", PASSES)
 @pytest.mark.parametrize("name", MODELS)
 def test_save_and_load(name: str, pipeline: str, tmp_path: Path) -> None:
-    model = compiled(name, pipeline)
+    model = works(name, pipeline)
     model.set_active(0.5)
     try:
         _saved_and_loaded(model, tmp_path / "out")
@@ -165,12 +143,12 @@ def _saved_and_loaded(model: SparseModel, folder: Path) -> None:
 @pytest.mark.parametrize("pipeline", PASSES)
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_reach_routers_and_units(name: str, pipeline: str) -> None:
-    model = copy.deepcopy(compiled(name, pipeline))
+    model = copy.deepcopy(works(name, pipeline))
     model.set_active(0.6)
     outputs = model.graph(*model.example)
     sum(o.double().square().sum() for o in outputs if o.is_floating_point()).backward()
     routers = {m for m in model.modules() if isinstance(m, Router)}
-    assert routers
+    assert routers or any(isinstance(m, Budgeted) for m in model.modules())
     # copies start equal: with weights that sum to one, no router changes the output yet
     routers -= {m.router for m in model.modules() if isinstance(m, RoutedFFN) and m.copies}
     for router in routers:
