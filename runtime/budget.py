@@ -202,8 +202,7 @@ class Budgeted(RoutedModule):
         share = self.budget / self.routed
         if self.rule != "threshold" or self.quantiles is None or not 0 < share < 1:
             return
-        pooled = scores.detach().flatten().sort().values.float()
-        shift = _quantile(pooled, 1 - share) - _quantile(self.quantiles, 1 - share)
+        shift = _selected(scores.detach(), 1 - share) - _quantile(self.quantiles, 1 - share)
         name = "settled_alone" if alone else "settled"
         table = getattr(self, name)
         rows = [] if table is None else table.tolist()
@@ -299,6 +298,19 @@ def _quantile(ascending: Tensor, probability: float) -> float:
     at = probability * (ascending.numel() - 1)
     low = math.floor(at)
     a, b = ascending[low].item(), ascending[math.ceil(at)].item()
+    return a + (b - a) * (at - low)
+
+
+def _selected(values: Tensor, probability: float) -> float:
+    """Interpolated quantile of values in any order; faster than sorting them all."""
+    pooled = values.flatten().float()
+    at = probability * (pooled.numel() - 1)
+    low = math.floor(at)
+    a = float(pooled.kthvalue(low + 1).values)
+    # the next one up, without a second selection
+    above = pooled[pooled > a]
+    same = int((pooled <= a).sum()) > low + 1
+    b = a if same or not above.numel() else float(above.min())
     return a + (b - a) * (at - low)
 
 

@@ -84,6 +84,8 @@ _CLASSES: dict[str, type[RoutedModule]] = {}
 _OURS: dict[str, str] = {
     "Router": "sparsify.runtime.router",
     "Prefix": "sparsify.runtime.prefix",
+    "Magnitude": "sparsify.runtime.inputs",
+    "RoutedLinear": "sparsify.runtime.inputs",
     "RoutedFFN": "sparsify.runtime.ffn",
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",

@@ -20,7 +20,7 @@ from sparsify.report import Quality, QualityRow
 from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.counters import counters, reset
 from sparsify.runtime.dial import kept, set_active
-from sparsify.static_pruning import Plan, all_live, plan, prunable, pruned, rank
+from sparsify.static_pruning import Plan, all_live, plan, prunable, pruned, rank, weighted
 
 Run = Callable[[Tensor], Any]  # token ids (batch, token) -> logits, or an output that has them
 Progress = Callable[[str, int, int], None]
@@ -195,7 +195,7 @@ def quality(
     rows = [QualityRow("dense", 1.0, None, dense.perplexity, 1.0, 0.0, 1.0)]
     for a in active:
         fractions = _mean(live[a])
-        realised = sum(fractions.values()) / len(fractions) if fractions else None
+        realised = weighted(fractions, _weights(model)) if fractions else None
         score = scores[f"routed {a}"]
         rows.append(_row("routed", a, realised, score, dense))
         tried = [(scores[n], p) for n, (budget, p) in plans.items() if budget == a]
@@ -221,24 +221,37 @@ def _plans(
     if not calibration or not live or not prunable(model):
         return {}
     rankings = rank(model, call, calibration)
+    found_units, weights = prunable(model), _weights(model)
     found: dict[str, tuple[float, Plan]] = {}
     for active, fractions in live.items():
         layers = {p: f for p, f in fractions.items() if p in rankings}
         if not layers:
             continue
         even = dict.fromkeys(layers, 0.0)
-        for kind in {type(m) for m in prunable(model).values()}:
-            same = [p for p in layers if type(prunable(model)[p]) is kind]
-            even |= dict.fromkeys(same, sum(layers[p] for p in same) / max(len(same), 1))
+        for kind in {type(u) for u in found_units.values()}:
+            same = {p: layers[p] for p in layers if type(found_units[p]) is kind}
+            even |= dict.fromkeys(same, weighted(same, weights) if same else 0.0)
         ranked = "ranked by variance, mean added back"
         ways = [(ranked, even, False), (f"{ranked}, budgets of the routed layers", layers, False)]
         if any(rankings[p].refit is not None for p in layers):
             refit = "ranked by variance, what stays refitted by least squares"
             ways += [(refit, even, True), (f"{refit}, budgets of the routed layers", layers, True)]
         for note, budget, again in ways:
-            chosen = plan(rankings, budget, compensate=True, note=note, refit=again)
+            chosen = plan(
+                rankings, budget, compensate=True, note=note, refit=again, weights=weights
+            )
             found[f"static {active} {note}"] = (active, chosen)
     return found
+
+
+def _weights(model: nn.Module) -> dict[str, float]:
+    """Path -> what a module weighs in a mean over modules: the mean of each kind is one."""
+    units = prunable(model)
+    means: dict[type[Any], float] = {}
+    for kind in {type(u) for u in units.values()}:
+        same = [u.weight for u in units.values() if type(u) is kind]
+        means[kind] = sum(same) / len(same)
+    return {path: u.weight / means[type(u)] for path, u in units.items()}
 
 
 def _dense(model: nn.Module, call: Run) -> Run:
@@ -282,7 +295,7 @@ def _counting(
     model: nn.Module, run: Run, sums: dict[str, Any], pass_name: str | None = None
 ) -> Run:
     """Adds live and all units of every prunable module to ``sums``."""
-    paths = {p for p, m in prunable(model).items() if pass_name in (None, m.pass_name)}
+    paths = {p for p, u in prunable(model).items() if pass_name in (None, u.module.pass_name)}
 
     def counted(ids: Tensor) -> Any:
         reset(model)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsify.core import Moved
 from sparsify.errors import BadInput
-from sparsify.regions import Attention, FeedForward, LinearWeight
+from sparsify.regions import Attention, FeedForward, LinearWeight, Projection
 from sparsify.runtime.spec import RoutedModule
 
 
@@ -82,6 +82,20 @@ def packed_attention(attention: Attention) -> tuple[Moved, ...]:
             attention.projection, (f"{query}.blocks", how, "weight"), (f"{query}.bias", how, "bias")
         )
     return tuple(moved)
+
+
+def packed_projection(
+    projection: Projection, name: str, tensor: str, how: str
+) -> tuple[Moved, ...]:
+    """The weight map of one projection that became ``tensor`` of a module ``name``."""
+    base = _under(projection.path, name)
+    return tuple(
+        _pair(
+            projection.linear,
+            (f"{base}.{tensor}", how, "weight"),
+            (f"{base}.bias", "unchanged", "bias"),
+        )
+    )
 
 
 def _under(path: str, name: str) -> str:

@@ -1,0 +1,191 @@
+"""Routed projection: every token reads the weights of its live input features only.
+
+The units are single input features. Their scores need no router: a feature whose value is small, or
+meets a small weight column, gives little (TEAL, arXiv:2408.14690; WINA, arXiv:2505.19427). Weights
+are stored (in, out), so a live feature is one run of memory and a dead one is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import BadInput
+from sparsify.runtime.budget import Budgeted
+from sparsify.runtime.cost import Cost
+from sparsify.runtime.dispatch import HALF, watched
+from sparsify.runtime.router import as_parameter, own
+from sparsify.runtime.spec import RoutedModule, dtype_name, dtype_of, nested, routed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FEW = 8  # tokens up to which each reads its own features; beyond, nearly all live for some token
+
+
+@routed
+class Magnitude(Budgeted):
+    """Scores input features by ``|x_j| * scale_j``: no weights to learn, nothing to multiply.
+
+    Args:
+        scale: (in,) what a feature's value counts for, e.g. the norm of its weight column.
+        centre: (in,) what stands in for a dead feature, subtracted before the magnitude is taken;
+            None = zero.
+        options: of :class:`Budgeted`.
+    """
+
+    counts: ClassVar[bool] = False  # the projection counts
+    scale: Tensor
+    centre: Tensor | None
+
+    def __init__(
+        self, scale: Tensor, centre: Tensor | None = None, *, active: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        if scale.dim() != 1 or self.shared:
+            raise BadInput(f"one scale per input feature, not {tuple(scale.shape)}")
+        self.register_buffer("scale", scale.detach().float())
+        self.register_buffer("centre", None if centre is None else centre.detach())
+        self.set_active(active)
+
+    @property
+    def routed(self) -> int:
+        """R: input features."""
+        return int(self.scale.numel())
+
+    def centred(self, x: Tensor) -> Tensor:
+        """x (..., in) less what stands in for its dead features."""
+        return x if self.centre is None else x - self.centre
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x (..., in), centred -> (..., in), in float32."""
+        return x.detach().float().abs() * self.scale
+
+    def options(self) -> dict[str, Any]:
+        centre = None if self.centre is None else dtype_name(self.centre.dtype)
+        return {"features": self.routed, "centre": centre, **self.budget_options()}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        size, centre = options["features"], options["centre"]
+        return cls(
+            torch.empty(size),
+            None if centre is None else torch.empty(size, dtype=dtype_of(centre)),
+            **cls.budget_arguments(options),
+        ).restore(options)
+
+    def cost(self, active: float | None = None, context: int = 0) -> Cost:
+        return Cost()
+
+    def extra_repr(self) -> str:
+        return f"{self.routed} features, {self.rule}, active={self.active:g}"
+
+
+@routed
+class RoutedLinear(RoutedModule):
+    """``y = offset + sum over live j of (x_j - centre_j) * columns[j] + bias``.
+
+    With every feature live this is ``x @ columns + bias``, for ``offset = centre @ columns``. The
+    selection has no gradient of its own (a threshold's is zero almost everywhere); a feature that
+    is dead for a token passes none back to it.
+
+    Args:
+        columns: (in, out), the transposed weight.
+        bias: (out,) or None.
+        select: scores and cuts; its ``centre`` is what dead features are taken to be.
+    """
+
+    def __init__(self, columns: Tensor, bias: Tensor | None, select: Magnitude) -> None:
+        super().__init__()
+        self.columns = as_parameter(columns)
+        self.bias = None if bias is None else as_parameter(bias)
+        self.select = select
+        self.offset = None
+        if select.centre is not None:
+            offset = select.centre.to(columns.dtype) @ columns.detach()
+            self.offset = as_parameter(offset, columns.requires_grad)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None, select: Magnitude) -> Self:
+        """From weight (out, in) and bias (out,)."""
+        columns = weight.detach().t().contiguous().requires_grad_(weight.requires_grad)
+        return cls(columns, None if bias is None else own(bias), select)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        width, out = self.columns.shape
+        flat = self.select.centred(x.reshape(-1, width))
+        tokens = len(flat)
+        if self.select.all_live:
+            self.counter.seen(tokens, width, tokens * width)
+            self.counter.rows += tokens * width
+            y = flat @ self.columns
+        else:
+            live = self.select.live(self.select.scores(flat))
+            pairs = int(live.sum())
+            self.counter.seen(tokens, width, pairs)
+            few = 0 < tokens <= FEW and x.device.type == "cpu" and x.dtype not in HALF
+            if few and not watched(x, self):
+                y = self._few(flat, live)
+            else:
+                y = self._many(flat, live)
+        if self.offset is not None:
+            y = y + self.offset
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], out)
+
+    def _few(self, x: Tensor, live: Tensor) -> Tensor:
+        """Each token reads the columns that are live for it, and no others."""
+        token, feature = live.nonzero(as_tuple=True)
+        starts = torch.nn.functional.pad(live.sum(1).cumsum(0)[:-1], (1, 0))
+        self.counter.rows += len(feature)
+        return torch.nn.functional.embedding_bag(
+            feature, self.columns, starts, mode="sum", per_sample_weights=x[token, feature]
+        )
+
+    def _many(self, x: Tensor, live: Tensor) -> Tensor:
+        """One product over the columns that are live for any token; dead entries are zero."""
+        masked = x.masked_fill(~live, 0.0)
+        used = live.any(0)
+        count = int(used.sum())
+        self.counter.rows += len(x) * count
+        if count == len(used):
+            return masked @ self.columns
+        at = used.nonzero().flatten()
+        return masked.index_select(1, at) @ self.columns.index_select(0, at)
+
+    def dense_weights(self) -> dict[str, Tensor]:
+        found = {"weight": self.columns.detach().t()}
+        if self.bias is not None:
+            found["bias"] = self.bias.detach()
+        return found
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "inputs": self.columns.shape[0],
+            "outputs": self.columns.shape[1],
+            "bias": self.bias is not None,
+            "dtype": dtype_name(self.columns.dtype),
+            "select": self.select.spec(),
+        }
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        dtype = dtype_of(options["dtype"])
+        return cls(
+            torch.empty(options["inputs"], options["outputs"], dtype=dtype),
+            torch.empty(options["outputs"], dtype=dtype) if options["bias"] else None,
+            nested(options["select"], Magnitude),
+        )
+
+    def cost(self, active: float | None = None, context: int = 0) -> Cost:
+        share = self.select.active if active is None else active
+        weights = share * self.columns.numel()
+        return Cost(2 * weights, weights * self.columns.element_size())
+
+    def extra_repr(self) -> str:
+        return f"in={self.columns.shape[0]}, out={self.columns.shape[1]}"
