@@ -67,7 +67,7 @@ def fit_stand_ins(module: RoutedFFN, x: Tensor, scores: Tensor) -> tuple[Tensor,
     neurons = module.neurons(x)
     columns = module.down.float()
     constants = (neurons.float().mean(0).view(experts, 1, block) @ columns).squeeze(1)
-    dead = ~module.router.live(scores)
+    dead = ~module.router.live(scores, module.router.extra_scores(x))
     routed = neurons[:, shared * block :].float() * dead.repeat_interleave(block, dim=1)
     lost = routed @ columns[shared:].flatten(0, 1)
     constants[shared:], slopes = fit_compensation(dead, scores, lost, constants[shared:])

@@ -5,8 +5,9 @@ head_h(x) W_o^h + b_o``; some are shared (always live). Keys and values stay com
 tokens can attend to every position; the query projection, the scores, the weighted sum and the
 columns of the output projection are computed for live (token, head) pairs only. With grouped
 queries, a token whose whole key/value group is dead costs nothing there. Unlike the paper, weights
-are exactly one at conversion (its two-stage softmax weights change the dense model's output), and
-what a dead head gives on average is added back.
+are exactly one at conversion (its two-stage softmax weights change the dense model's output; with
+``router=moh weights=scaled`` they come in by training), and what a dead head gives on average is
+added back.
 
 At initialization, all heads live, the output projection is summed head by head: REORDERED.
 """
@@ -18,12 +19,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sparsify.core import Pass, Refused, Rewrite, Splice, option
+from sparsify.passes._rules import COUNTING, CUTTING, HELP, check_rule, chosen_rule
 from sparsify.regions import Attention
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sparsify.runtime.budget import Rule
     from sparsify.runtime.router import Router
 
 TOKENS = 8192  # calibration tokens kept per layer
@@ -35,10 +36,15 @@ class AttnMoh(Pass[Attention]):
 
     active: float = option(1.0, "fraction of heads that a token uses", gt=0, le=1)
     shared: int = option(-1, "heads that every token uses; -1 = a quarter of them", ge=-1)
-    router: str = option(
-        "auto",
-        "auto = threshold if calibrated, else top-k",
-        among=("auto", "threshold", "top-k"),
+    router: str = option("auto", HELP, among=("auto", *COUNTING, "moh", *CUTTING))
+    groups: int = option(
+        1, "head groups: group-top-k keeps as many of each, sigmoid-top-k some", ge=1
+    )
+    groups_kept: int = option(1, "groups that sigmoid-top-k chooses from, at least", ge=1)
+    weights: str = option(
+        "one",
+        "of live heads: one, or the rule's own, scaled and blended in by training",
+        among=("one", "scaled"),
     )
     compensate: bool = option(True, "add back the mean output of the heads a token drops")
 
@@ -53,11 +59,8 @@ class AttnMoh(Pass[Attention]):
                 f"{self._shared(attention)} shared of {attention.heads} heads leave none to route",
                 suggestion=f"shared={attention.heads // 4}",
             )
-        if self.router == "threshold" and "x" not in attention.samples:
-            raise Refused(
-                "threshold routing needs calibration data",
-                suggestion="give calibration=..., or router=top-k",
-            )
+        routed = attention.heads - self._shared(attention)
+        check_rule(self.router, vars(self), routed, calibrated="x" in attention.samples)
 
     def taps(self, region: Attention) -> Mapping[str, int]:
         wanted = {"x": TOKENS, "context": TOKENS}
@@ -124,10 +127,11 @@ class AttnMoh(Pass[Attention]):
         routed = order[shared:]
         if not attention.samples:
             weight = head_scores(attention)[routed].to(dtype)
-            return Router(weight, shared=shared, rule="top-k", order=order), None
+            rule = chosen_rule(self.router, vars(self), calibrated=False)
+            return Router(weight, shared=shared, rule=rule, order=order), None
         x = attention.samples["x"]
         weight, bias = fit_router(x, energy[:, routed])
-        rule: Rule = "top-k" if self.router == "top-k" else "threshold"
+        rule = chosen_rule(self.router, vars(self), calibrated=True)
         router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule, order=order)
         router.calibrate(x, relative_losses(energy[:, routed], attention.samples))
         dropped = head_means(attention).to(dtype) if self.compensate else None

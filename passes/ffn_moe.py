@@ -10,7 +10,8 @@ estimated from the router's scores (least squares) and added back.
 
 At initialization, all experts live, every neuron is summed once: REORDERED. Without calibration
 data the router scores experts by their mean gate direction, and each token takes the same number of
-them.
+them. Every rule of ``router=`` starts so, all live with weight one; a rule's own weights
+(``weights=scaled``) come in by training.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sparsify.core import Pass, Refused, Rewrite, Splice, option
+from sparsify.passes._rules import COUNTING, CUTTING, HELP, check_rule, chosen_rule
 from sparsify.regions import FeedForward
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sparsify.runtime.budget import Rule
     from sparsify.runtime.router import Router
 
 MOST = 64  # experts by default: finer blocks lose less, coarser ones run faster
@@ -42,10 +43,15 @@ class FfnMoe(Pass[FeedForward]):
     split: str = option(
         "cluster", "how neurons are grouped", among=("cluster", "importance", "contiguous")
     )
-    router: str = option(
-        "auto",
-        "auto = threshold if calibrated, else top-k",
-        among=("auto", "threshold", "top-k"),
+    router: str = option("auto", HELP, among=("auto", *COUNTING, *CUTTING, "expert-choice"))
+    groups: int = option(
+        1, "expert groups: group-top-k keeps as many of each, sigmoid-top-k some", ge=1
+    )
+    groups_kept: int = option(1, "groups that sigmoid-top-k chooses from, at least", ge=1)
+    weights: str = option(
+        "one",
+        "of live experts: one, or the rule's own, scaled and blended in by training",
+        among=("one", "scaled"),
     )
     compensate: bool = option(True, "add back an estimate of what a token's dropped experts give")
     seed: int = option(0, "of the clustering", ge=0)
@@ -77,11 +83,8 @@ class FfnMoe(Pass[FeedForward]):
                 f"{self._shared(experts)} shared of {experts} experts leave none to route",
                 suggestion=f"shared={experts // 4}",
             )
-        if self.router == "threshold" and "x" not in ffn.samples:
-            raise Refused(
-                "threshold routing needs calibration data",
-                suggestion="give calibration=..., or router=top-k",
-            )
+        routed = experts - self._shared(experts)
+        check_rule(self.router, vars(self), routed, calibrated="x" in ffn.samples)
 
     def taps(self, region: FeedForward) -> Mapping[str, int]:
         return {"x": TOKENS, "stream.energy": TOKENS}
@@ -154,7 +157,7 @@ class FfnMoe(Pass[FeedForward]):
         energy = expert_energy(ffn, hidden, order, experts)[:, shared:]
         weight, bias = fit_router(x, energy)
         dtype = ffn.up.weight.dtype
-        rule: Rule = "top-k" if self.router == "top-k" else "threshold"
+        rule = chosen_rule(self.router, vars(self), calibrated=True)
         router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule)
         router.calibrate(x, relative_losses(energy, ffn.samples))
         return router
@@ -170,4 +173,5 @@ class FfnMoe(Pass[FeedForward]):
         bias = None
         if part.bias is not None:
             bias = (part.bias[order] * norm).view(experts, -1).mean(1)[shared:]
-        return Router(rows[shared:].clone(), bias, shared=shared, rule="top-k")
+        rule = chosen_rule(self.router, vars(self), calibrated=False)
+        return Router(rows[shared:].clone(), bias, shared=shared, rule=rule)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import BadInput
+from sparsify.runtime.rule import Cut, RoutingRule, mask_of
+from sparsify.runtime.rules import rule_of
 from sparsify.runtime.spec import RoutedModule
 
 if TYPE_CHECKING:
@@ -23,8 +25,7 @@ if TYPE_CHECKING:
 
 ERROR_POINTS = 65  # of an error table
 TABLES = ("quantiles", "errors", "settled", "settled_alone")
-Rule = Literal["top-k", "threshold", "softmax-top-k", "prefix"]
-SPREAD = ("threshold", "prefix")  # rules whose budgets follow the error tables of their layers
+Rule = str  # a rule's name
 
 
 class Budgeted(RoutedModule):
@@ -34,12 +35,11 @@ class Budgeted(RoutedModule):
 
     Args:
         shared: units that every token uses; they come first.
-        rule: ``top-k`` keeps the same number of units for every token; ``threshold`` keeps those
-            that score above one value, so that tokens take as many as they need and the budget
-            holds on average; ``softmax-top-k`` keeps k and weights them by the softmax of their
-            scores, which sum to one; ``prefix`` keeps the first k of a fixed order.
-        quantiles: (Q,) ascending scores of calibration tokens, pooled over tokens and units, at the
-            probabilities 0, 1/(Q-1), ..., 1; ``threshold`` needs them (see :meth:`calibrate`).
+        rule: how units are selected, by name or as an object (:mod:`sparsify.runtime.rules`).
+        rule_options: of a rule given by name.
+        quantiles: (Q,) ascending keys of calibration tokens, pooled over tokens and units, at the
+            probabilities 0, 1/(Q-1), ..., 1; (Q, R) for rules with a threshold per unit. Some rules
+            need them (see :meth:`calibrate`). A key is what a rule compares: the score, mostly.
         errors: (P,) what is lost per token when the lowest 0, 1/(P-1), ..., 1 of all (token, unit)
             scores are dead, on one scale for all layers (see :meth:`calibrate`); with it, a budget
             for several layers goes where it saves most (:mod:`sparsify.runtime.dial`).
@@ -48,6 +48,7 @@ class Budgeted(RoutedModule):
             same where only this router's pass is.
 
     Attributes:
+        selector: the rule.
         unit_cost: what one unit of one token costs, in any measure shared by the routers of a pass
             (multiply-adds): a budget for several layers is a share of their summed cost.
         active: budget, as a fraction of all N units.
@@ -61,12 +62,14 @@ class Budgeted(RoutedModule):
     errors: Tensor | None
     settled: Tensor | None
     settled_alone: Tensor | None
+    correction: Tensor | None
 
     def __init__(
         self,
         *,
         shared: int = 0,
-        rule: Rule = "top-k",
+        rule: Rule | RoutingRule = "top-k",
+        rule_options: Mapping[str, Any] | None = None,
         quantiles: Tensor | None = None,
         errors: Tensor | None = None,
         settled: Tensor | None = None,
@@ -74,18 +77,17 @@ class Budgeted(RoutedModule):
         unit_cost: float = 1.0,
     ) -> None:
         super().__init__()
-        if rule not in get_args(Rule):
-            raise BadInput(f"no routing rule '{rule}'", help=f"one of: {', '.join(get_args(Rule))}")
+        self.selector = rule_of(rule, dict(rule_options or {}))
         tables = (quantiles, errors, settled, settled_alone)
         for name, table in zip(TABLES, tables, strict=True):
             self.register_buffer(name, None if table is None else table.float())
+        self.register_buffer("correction", None)  # a router's whose rule balances by biases
         self.shared = shared
-        self.rule: Rule = rule
         self.unit_cost = unit_cost
         self.active = 1.0
         self.k_exact: int | None = None
         self.company = 1.0
-        self._cut: float | None = None
+        self._cut: float | Tensor | None = None
 
     # -- what a subclass defines
 
@@ -98,6 +100,22 @@ class Budgeted(RoutedModule):
         """x (..., D) -> (..., R) scores of the routed units, in float32 or wider."""
         raise NotImplementedError
 
+    # -- the rule
+
+    @property
+    def rule(self) -> Rule:
+        """The rule's name; assign a name or a rule to change it."""
+        return self.selector.name
+
+    @rule.setter
+    def rule(self, rule: Rule | RoutingRule) -> None:
+        self.selector = rule_of(rule)
+        self._cut = None
+
+    def keys(self, scores: Tensor) -> Tensor:
+        """scores (..., R) -> (..., R): what the rule ranks or cuts."""
+        return self.selector.keys(scores, self.correction)
+
     # -- sizes
 
     @property
@@ -108,7 +126,7 @@ class Budgeted(RoutedModule):
     @property
     def unit_weights(self) -> bool:
         """Whether live units have weight one."""
-        return self.rule != "softmax-top-k"
+        return self.selector.weights == "one"
 
     @property
     def all_live(self) -> bool:
@@ -117,11 +135,10 @@ class Budgeted(RoutedModule):
 
     @property
     def budget(self) -> float:
-        """Routed units that a token keeps (on average, under ``threshold``)."""
-        if self.k_exact is not None and self.rule != "threshold":
+        """Routed units that a token keeps (on average, under rules that cut)."""
+        if self.k_exact is not None and not self.selector.mean:
             return self.k_exact
-        wanted = self.wanted(self.active)
-        return wanted if self.rule == "threshold" else math.floor(wanted + 0.5)
+        return self.selector.whole(self.wanted(self.active), 0.0 if self.shared else 1.0)
 
     def wanted(self, active: float) -> float:
         """Routed units that meet ``active``, not yet rounded: at least one unit in total."""
@@ -140,15 +157,19 @@ class Budgeted(RoutedModule):
         """Set the budget to the fraction ``active`` of all units, shared ones included.
 
         Args:
-            k_exact: routed units per token, where the caller rounds (top-k rules).
+            k_exact: routed units per token, where the caller rounds (rules that count).
             warn: say so where the shared units alone exceed the budget; they stay live then.
         """
         check_active(active)
-        if k_exact is not None and not 0 <= k_exact <= self.routed:
-            raise BadInput(f"a router of {self.routed} routed units cannot keep {k_exact}")
-        if self.rule == "threshold" and self.quantiles is None and active < 1:
+        step = self.selector.step
+        if k_exact is not None and (not 0 <= k_exact <= self.routed or k_exact % step):
             raise BadInput(
-                "threshold routing needs a table of calibrated scores",
+                f"a router of {self.routed} routed units cannot keep {k_exact}",
+                help=f"a multiple of {step}" if step > 1 else None,
+            )
+        if self.selector.table and self.quantiles is None and active < 1:
+            raise BadInput(
+                f"{self.rule} routing needs a table of calibrated scores",
                 why="the threshold for a budget is read off the scores of real tokens",
                 help="call router.calibrate(x) with sample inputs, or use top-k routing",
             )
@@ -177,15 +198,20 @@ class Budgeted(RoutedModule):
             points: of the quantile table.
         """
         with torch.no_grad():
-            pooled, ranks = self.scores(x).flatten().sort()
+            keys = self.keys(self.scores(x))
+            if self.selector.per_unit:
+                pooled, ranks = keys.reshape(-1, self.routed).sort(dim=0)
+                losses = None  # they follow pooled ranks
+            else:
+                pooled, ranks = keys.flatten().sort()
             if losses is not None:
                 lost = losses.flatten()[ranks].double().cumsum(0) * (self.routed / len(ranks))
                 dead = torch.linspace(0, len(ranks), ERROR_POINTS, dtype=torch.float64).long()
                 self.errors = torch.cat([lost.new_zeros(1), lost])[dead].float()
-            at = torch.linspace(0, pooled.numel() - 1, points, device=x.device, dtype=torch.float64)
+            at = torch.linspace(0, len(pooled) - 1, points, device=x.device, dtype=torch.float64)
             low = at.floor().long()
             high = at.ceil().long()
-            part = (at - low).float()
+            part = (at - low).float().view(-1, *[1] * (pooled.dim() - 1))
             self.quantiles = torch.lerp(pooled[low].float(), pooled[high].float(), part)
         self.settled = self.settled_alone = None
         self._cut = None
@@ -200,9 +226,11 @@ class Budgeted(RoutedModule):
             alone: the other passes' routers keep everything live.
         """
         share = self.budget / self.routed
-        if self.rule != "threshold" or self.quantiles is None or not 0 < share < 1:
+        rule = self.selector
+        if not rule.mean or rule.per_unit or self.quantiles is None or not 0 < share < 1:
             return
-        shift = _selected(scores.detach(), 1 - share) - _quantile(self.quantiles, 1 - share)
+        keys = self.keys(scores.detach())
+        shift = _selected(keys, 1 - share) - _quantile(self.quantiles, 1 - share)
         name = "settled_alone" if alone else "settled"
         table = getattr(self, name)
         rows = [] if table is None else table.tolist()
@@ -220,51 +248,54 @@ class Budgeted(RoutedModule):
         return alone + company * (_interpolated(self.settled, self.active) - alone)
 
     @property
-    def threshold(self) -> float:
-        """Scores above this are live under ``threshold``."""
+    def threshold(self) -> float | Tensor:
+        """Keys above this are live under rules that cut: one number, or (R,) one per unit."""
         if self._cut is None:
             self._cut = self._read_threshold()
         return self._cut
 
-    def _read_threshold(self) -> float:
+    def _read_threshold(self) -> float | Tensor:
         share = self.budget / self.routed if self.routed else 1.0
         if share >= 1:
             return -math.inf
-        if share <= 0 or self.quantiles is None:
+        if share <= 0:
             return math.inf
+        if self.quantiles is None:
+            return self.selector.default_cut(share)
+        if self.selector.per_unit:
+            return _row(self.quantiles, 1 - share)
         return _quantile(self.quantiles, 1 - share) + self._shift()
 
-    def live(self, scores: Tensor) -> Tensor:
+    def cut(self, extra: Tensor | None = None) -> Cut:
+        """Where the rule cuts at the present budget; ``extra`` are its further scores."""
+        threshold = self.threshold if self.selector.mean else math.inf
+        return Cut(self.budget, threshold, self.training, extra)
+
+    def live(self, scores: Tensor, extra: Tensor | None = None) -> Tensor:
         """scores (..., R) -> bool (..., R). Ties go to the lower unit."""
-        kept = self.budget
-        if kept >= self.routed:
-            return torch.ones_like(scores, dtype=torch.bool)
-        if self.rule == "threshold":
-            return scores > self.threshold
-        if self.rule == "prefix":
-            return (torch.arange(self.routed, device=scores.device) < kept).expand(scores.shape)
-        # torch.topk breaks ties as it likes; a stable sort makes the choice reproducible.
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : int(kept)]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+        return mask_of(self.selector, scores, self.cut(extra), self.correction)
 
     # -- nn.Module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        tables = {name: getattr(self, name) for name in TABLES}
+        tables = {name: getattr(self, name) for name in (*TABLES, "correction")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in tables.items():
             after = getattr(self, name)
             if before is not None and after.dtype != before.dtype:
                 # ``model.half()`` must not round thresholds: neighbouring budgets would coincide.
                 setattr(self, name, before.to(after.device))
+        self._cut = None
         return self
 
     def budget_options(self) -> dict[str, Any]:
         """The JSON form of what this class holds."""
         sizes = {n: None if (t := getattr(self, n)) is None else len(t) for n in TABLES}
+        rule_options = self.selector.options()
         return {
             "shared": self.shared,
             "rule": self.rule,
+            **({"rule_options": rule_options} if rule_options else {}),
             "active": self.active,
             "k_exact": self.k_exact,
             "company": self.company,
@@ -275,11 +306,14 @@ class Budgeted(RoutedModule):
     @staticmethod
     def budget_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of ``__init__`` with empty tables of the right sizes."""
-        found = {name: options[name] for name in ("shared", "rule")}
+        rule = rule_of(options["rule"], options.get("rule_options"))
+        found: dict[str, Any] = {"shared": options["shared"], "rule": rule}
         found["unit_cost"] = options.get("unit_cost", 1.0)
         for name in TABLES:
             size = options[name]
-            columns = (2,) if name.startswith("settled") else ()
+            columns: tuple[int, ...] = (2,) if name.startswith("settled") else ()
+            if name == "quantiles" and rule.per_unit:
+                columns = (options["routed"],)
             found[name] = None if size is None else torch.empty(size, *columns)
         return found
 
@@ -312,6 +346,13 @@ def _selected(values: Tensor, probability: float) -> float:
     same = int((pooled <= a).sum()) > low + 1
     b = a if same or not above.numel() else float(above.min())
     return a + (b - a) * (at - low)
+
+
+def _row(ascending: Tensor, probability: float) -> Tensor:
+    """Interpolated quantile of every column of (Q, R) sorted values: (R,)."""
+    at = probability * (len(ascending) - 1)
+    low = math.floor(at)
+    return torch.lerp(ascending[low], ascending[math.ceil(at)], at - low)
 
 
 def _interpolated(table: Tensor | None, at: float) -> float:

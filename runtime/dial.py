@@ -1,9 +1,10 @@
 """The active budget as a dial: one number for the model, spread over its layers.
 
-Top-k routers keep whole units, so rounding is carried from layer to layer (error diffusion) and
-the mean over the layers meets the budget. Threshold routers (and fixed orders) with an error table
-get the budgets whose errors add up to the least (one Lagrange multiplier for all), so layers that
-can spare more do; others all get the same. Where units differ in cost, budgets are shares of cost.
+Routers that count keep whole units, so rounding is carried from layer to layer (error diffusion)
+and the mean over the layers meets the budget. Routers that cut (and fixed orders) with an error
+table get the budgets whose errors add up to the least (one Lagrange multiplier for all), so layers
+that can spare more do; others all get the same. Where units differ in cost, budgets are shares of
+cost.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import BadInput
-from sparsify.runtime.budget import SPREAD, Budgeted, check_active, over_budget
+from sparsify.runtime.budget import Budgeted, check_active, over_budget
 from sparsify.text_paths import match_path
 
 
@@ -85,11 +86,12 @@ def set_active(
     by_kind = itertools.groupby(
         sorted(chosen, key=lambda item: _kind(item[1])), key=lambda item: _kind(item[1])
     )
-    for (_, rule, errors), group in by_kind:
+    for (_, _, errors), group in by_kind:
         members = [router for _, router in group]
-        if rule in SPREAD and errors and len(members) > 1 and active < 1:
+        rule = members[0].selector
+        if rule.spreads and errors and len(members) > 1 and active < 1:
             _allocate(members, active)
-        elif rule == "threshold":
+        elif rule.mean:
             for router in members:
                 router.set_active(active, warn=False)
         else:
@@ -129,16 +131,15 @@ def _off(members: Sequence[Budgeted]) -> float:
 
 
 def _kind(router: Budgeted) -> tuple[str, str, bool]:
-    return (router.pass_name, router.rule, router.errors is not None)
+    return (router.pass_name, str(router.selector), router.errors is not None)
 
 
 def _diffuse(members: Sequence[Budgeted], active: float) -> None:
-    """Whole units per layer whose running sum stays within half a unit of the budget's."""
+    """Whole units per layer whose running sum stays within half a step of the budget's."""
     owed = 0.0
     for router in members:
         owed += router.wanted(active)
-        least = 0 if router.shared else 1
-        k = min(max(math.floor(owed + 0.5), least), router.routed)
+        k = min(int(router.selector.whole(owed, 0 if router.shared else 1)), router.routed)
         owed -= k
         router.set_active(active, k_exact=k, warn=False)
 

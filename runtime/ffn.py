@@ -167,8 +167,11 @@ class RoutedFFN(RoutedModule):
         """x (..., D) -> (..., D)."""
         rows = x.reshape(-1, self.width)
         estimated = self.slopes is not None and not self.router.all_live
-        scores = self.router.scores(rows) if estimated else None
-        select = self.router(rows) if scores is None else self.router(rows, scores)
+        scores = self.router.scores(x) if estimated else None
+        # Not flattened: a rule may choose among the tokens of one sequence.
+        select = self.router(x) if scores is None else self.router(x, scores)
+        select = select.reshape(-1, self.experts)
+        scores = None if scores is None else scores.reshape(len(rows), -1)
         if self.router.all_live and self.dispatch != "grouped":
             y = self._dense(rows, select if select.requires_grad else None)
         elif self.dispatch != "grouped" and self._can_pick(rows):

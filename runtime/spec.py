@@ -83,6 +83,7 @@ _CLASSES: dict[str, type[RoutedModule]] = {}
 # Ours are imported when a spec names them, so that loading needs no imports by the caller.
 _OURS: dict[str, str] = {
     "Router": "sparsify.runtime.router",
+    "TaskRouter": "sparsify.runtime.task_router",
     "Prefix": "sparsify.runtime.prefix",
     "Magnitude": "sparsify.runtime.inputs",
     "RoutedLinear": "sparsify.runtime.inputs",

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import BadInput
-from sparsify.report import Quality, QualityRow
+from sparsify.report import Quality, QualityRow, Routing, RoutingRow
+from sparsify.runtime import metrics
 from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.counters import counters, reset
-from sparsify.runtime.dial import kept, set_active
+from sparsify.runtime.dial import kept, routers, set_active
+from sparsify.runtime.router import Router
 from sparsify.static_pruning import Plan, all_live, plan, prunable, pruned, rank, weighted
 
 Run = Callable[[Tensor], Any]  # token ids (batch, token) -> logits, or an output that has them
 Progress = Callable[[str, int, int], None]
+ROUTED_TOKENS = 4096  # that routing is measured on: the cache is followed token by token
 _POSITIONS = 64  # log-probabilities of this many positions at a time
 
 
@@ -203,6 +206,74 @@ def quality(
             best, chosen = min(tried, key=lambda item: item[0].perplexity)
             rows.append(_row("static pruning", a, chosen.active, best, dense, chosen.note))
     return Quality(text, dense.tokens, tuple(rows))
+
+
+def routing(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    text: str,
+    active: float,
+    run: Run | None = None,
+    pass_name: str | None = None,
+    tokens: int = ROUTED_TOKENS,
+    segment: int = metrics.SEGMENT,
+    cache: float = metrics.CACHE,
+) -> Routing | None:
+    """What every router does on a text at one budget; None where the model has no router.
+
+    Args:
+        model, batches, text, run, pass_name: as :func:`quality` takes them.
+        tokens: at most; the rest of the text is left out.
+        segment, cache: of :func:`sparsify.runtime.metrics.facts`.
+    """
+    call: Run = run or model
+    found = [(p, r) for p, r in routers(model, None, pass_name) if isinstance(r, Router)]
+    found = [(p, r) for p, r in found if r.routed]
+    if not found:
+        return None
+    masks: dict[str, list[Tensor]] = {path: [] for path, _ in found}
+
+    def watch(path: str, router: Router) -> Any:
+        def keep(module: nn.Module, inputs: Any, select: Tensor) -> None:
+            flat = select.detach().reshape(-1, router.units)  # one sequence at a time
+            masks[path].append((flat[:, numbers[path]] != 0).cpu())
+
+        return router.register_forward_hook(keep)
+
+    numbers = {path: _numbers(router) for path, router in found}
+    seen = 0
+    with kept(model), _eval_mode(model), torch.no_grad(), contextlib.ExitStack() as hooks:
+        for path, router in found:
+            hooks.callback(watch(path, router).remove)
+        at = _at(model, call, active, pass_name)
+        for ids in (row for batch in batches for row in batch.split(1)):
+            if seen >= tokens:
+                break
+            at(ids)
+            seen += ids.numel()
+        rows = [
+            _routing_row(p, r, numbers[p], metrics.facts(masks[p], segment=segment, cache=cache))
+            for p, r in found
+            if masks[p]
+        ]
+    return Routing(text, seen, active, segment, cache, tuple(rows)) if rows else None
+
+
+def _numbers(router: Router) -> list[int]:
+    """The routed units as the routed module numbers them, ascending."""
+    order = range(router.units) if router.order is None else router.order.tolist()
+    return sorted(list(order)[router.shared :])
+
+
+def _routing_row(
+    path: str, router: Router, numbers: Sequence[int], facts: metrics.RouterFacts
+) -> RoutingRow:
+    return RoutingRow(
+        path, str(router.selector), router.units, router.shared, router.active, facts.live_ratio,
+        tuple(numbers), facts.live, facts.entropy, facts.imbalance, facts.srp, facts.size,
+        facts.sch,
+    )  # fmt: skip
 
 
 def _row(

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from sparsify.core import Remark
-from sparsify.report import Evidence, Quality, number
+from sparsify.report import Evidence, Quality, Routing, number
+from sparsify.report_json import encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +174,11 @@ class Evaluation:
     model: str
     pipeline: str
     quality: Quality
+    routing: Routing | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"format": "sparsify-evaluation", "format_version": 1, **dataclasses.asdict(self)}
+        return {"format": "sparsify-evaluation", "format_version": 1, **encode(self)}
 
     def text(self, width: int = 100) -> str:
         """One row per model and budget, and a sentence per budget."""
@@ -193,4 +195,7 @@ class Evaluation:
                 f"{row.model:<16}{row.active:>8.1%}{really:>8}{number(row.perplexity, 4):>12}"
                 f"{row.ratio:>8.3f}{kl:>8}{top:>8}  {row.note}".rstrip()
             )
-        return "\n".join([*lines, *self.quality.verdicts()])
+        lines += self.quality.verdicts()
+        if self.routing is not None:
+            lines += ["", self.routing.render(width).rstrip()]
+        return "\n".join(lines)

@@ -181,6 +181,7 @@ def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
         return left(refused.reason, refused.suggestion)
     for part in rewrite.splices:
         part.module.pass_name = work.name  # type: ignore[assignment]
+        part.module.eval()  # as the captured graph is: no noise, no choice among later tokens
     return rewrite
 
 

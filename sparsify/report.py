@@ -182,6 +182,56 @@ class Quality:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoutingRow:
+    """What one router did on a text; see :mod:`sparsify.runtime.metrics`.
+
+    Attributes:
+        router: its path; rule: how it selects.
+        units: all; shared: those always live, left out of the rest.
+        active: its budget; live_ratio: live share of (token, routed unit) pairs.
+        numbers: the routed units (experts, heads), ascending; live: that share for each of them.
+        entropy: of the loads, relative to even ones; imbalance: the largest load over the mean.
+        srp: segment routing best performance; size: units its segment router takes over the
+            router's; sch: segment cache best hit rate. NaN where sequences are too short.
+    """
+
+    router: str
+    rule: str
+    units: int
+    shared: int
+    active: float
+    live_ratio: float
+    numbers: tuple[int, ...]
+    live: tuple[float, ...]
+    entropy: float
+    imbalance: float
+    srp: float
+    size: float
+    sch: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Rows measured on one text of ``tokens`` tokens, in segments of ``segment`` tokens.
+
+    ``active`` is the model's budget; ``cache`` the size of the cache over the units in use.
+    """
+
+    text: str
+    tokens: int
+    active: float
+    segment: int
+    cache: float
+    rows: tuple[RoutingRow, ...]
+
+    def render(self, width: int = 100, *, stable: bool = False) -> str:
+        """The table as plain text."""
+        from sparsify.report_text import render_routing
+
+        return render_routing(self, width=width, stable=stable)
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Everything a reader may want to know about one compilation.
 
@@ -197,7 +247,7 @@ class Report:
         steps: one per pass, in order.
         near_misses: candidates that the matcher did not take.
         end_to_end: the check of the whole model.
-        quality: if it was measured.
+        quality: if it was measured; routing: what the routers did on a text, if it was.
         context: keys per token that attention's cost counts.
         calibration: the text that routers were fitted on, or None.
         notes: warnings and fallbacks; never empty where something was done differently than asked.
@@ -219,6 +269,7 @@ class Report:
     context: int = 512
     calibration: str | None = None
     notes: tuple[str, ...] = ()
+    routing: Routing | None = None
 
     @property
     def ok(self) -> bool:

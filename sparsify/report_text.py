@@ -12,10 +12,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from sparsify.report import Evidence, ModelFacts, Quality, Report, Step, number
+from sparsify.report import Evidence, ModelFacts, Quality, Report, Routing, Step, number
 from sparsify.report_groups import RemarkGroup, group_remarks, group_weights
 
 _LABEL = 10  # columns of the labels at the left
+FEW = 16  # units of a router that are shown one by one (heads, mostly)
 
 
 @dataclasses.dataclass
@@ -94,6 +95,8 @@ def page(report: Report, *, width: int = 100, stable: bool = False) -> Page:
         _evidence(out, (report.end_to_end,), stable=stable)
     if report.quality is not None:
         _quality(out, report.quality, stable=stable)
+    if report.routing is not None:
+        _routing(out, report.routing, stable=stable)
     _near_misses(out, report, stable=stable)
     if not stable and report.seconds:
         spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items())
@@ -239,6 +242,33 @@ def _quality(out: Page, quality: Quality, *, stable: bool) -> None:
         out.line(verdict, "good" if good else "bad", label="verdict")
 
 
+def _routing(out: Page, routing: Routing, *, stable: bool) -> None:
+    digits = 2 if stable else 3
+    at = f"{routing.tokens:,} tokens at {_percent(routing.active)} active"
+    out.heading(f"routing on {routing.text}   {at}")
+
+    def text(value: float) -> str:
+        return "" if value != value else f"{value:.{digits}f}"
+
+    rows = [("router", "live", "least", "most", "load", "entropy", "SRP", "size", "SCH")]
+    for row in routing.rows:
+        ends = (_percent(min(row.live)), _percent(max(row.live)))
+        measured = (row.imbalance, row.entropy, row.srp, row.size, row.sch)
+        rows.append((row.router, _percent(row.live_ratio), *ends, *map(text, measured)))  # type: ignore[arg-type]
+    out.table(rows)
+    few = [row for row in routing.rows if len(row.live) <= FEW]
+    for row in few:
+        shares = (f"{n} {_percent(v)}" for n, v in zip(row.numbers, row.live, strict=True))
+        out.line(f"{row.router}, live by unit: {', '.join(shares)}", "dim")
+    out.line(
+        "live: of the routed units, all and the least and most used one; load: the most over the "
+        "mean; SRP: how well one set "
+        f"serves {routing.segment} tokens (F1), size: its units over a token's; SCH: hit rate of a "
+        f"cache of {routing.cache:g} times the units in use",
+        "dim",
+    )
+
+
 def _near_misses(out: Page, report: Report, *, stable: bool) -> None:
     all_remarks = [*report.near_misses, *(r for s in report.steps for r in s.remarks)]
     misses = {(r.region_kind, r.region, r.reason): r for r in all_remarks if r.kind == "near-miss"}
@@ -272,6 +302,13 @@ def render_quality(quality: Quality, *, width: int = 100, stable: bool = False) 
     """Only the quality table, for ``sparsify eval``."""
     out = Page(max(width, 40))
     _quality(out, quality, stable=stable)
+    return out.text()
+
+
+def render_routing(routing: Routing, *, width: int = 100, stable: bool = False) -> str:
+    """Only the routing table, for ``sparsify eval``."""
+    out = Page(max(width, 40))
+    _routing(out, routing, stable=stable)
     return out.text()
 
 

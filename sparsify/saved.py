@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import warnings
@@ -16,7 +17,7 @@ from sparsify import hf
 from sparsify.core import REORDERED
 from sparsify.corpus import token_blocks
 from sparsify.errors import BadInput
-from sparsify.evaluate import quality
+from sparsify.evaluate import quality, routing
 from sparsify.evidence import check_end_to_end
 from sparsify.findings import Evaluation, Generation, Verification
 from sparsify.models_hf import tokenizer_of
@@ -151,7 +152,8 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity at several budgets, with the dense model and static pruning beside it.
 
-    The dense model is the sparse one at its dense limit.
+    The dense model is the sparse one at its dense limit. At the lowest budget, what the routers do
+    is measured too.
 
     Args:
         model: a saved folder, or a model in memory with a tokenizer.
@@ -174,15 +176,24 @@ def evaluate(
     ranked: Sequence[torch.Tensor] = ()
     if calibration is not None:
         _, ranked = token_blocks(calibration, sparse.tokenizer, length=256, limit=8192, seed=0)
+
+    def run(ids: torch.Tensor) -> Any:
+        return sparse(input_ids=ids, use_cache=False)
+
     found = quality(
         sparse,
         batches,
         text=name,
         active=active,
         calibration=ranked,
-        run=lambda ids: sparse(input_ids=ids, use_cache=False),
+        run=run,
         pass_name=pass_name,
         progress=progress,
     )
+    lowest, routed = min(active, default=1.0), None
+    if lowest < 1:
+        routed = routing(sparse, batches, text=name, active=lowest, run=run, pass_name=pass_name)
     shown = "model in memory" if isinstance(model, SparseModel) else str(model)
-    return Evaluation(shown, sparse.pipeline, found)
+    if isinstance(sparse.report, Report):
+        sparse.report = dataclasses.replace(sparse.report, quality=found, routing=routed)
+    return Evaluation(shown, sparse.pipeline, found, routed)

@@ -16,6 +16,8 @@ from sparsify import evaluate
 from sparsify import static_pruning as static
 from sparsify import static_units as units
 from sparsify.errors import BadInput
+from sparsify.runtime import metrics
+from sparsify.runtime.dial import set_active
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.heads import RoutedColumns
 from sparsify.runtime.inputs import Magnitude, RoutedLinear
@@ -309,6 +311,32 @@ def test_quality_has_dense_routed_and_static_rows() -> None:
     assert found.tokens == 6 * 8
     assert torch.equal(model(ids()), before)
     assert model.training
+
+
+def test_routing_counts_what_the_routers_select() -> None:
+    model = Language()
+    model.head_router.order = torch.randperm(H, generator=torch.Generator().manual_seed(3))
+    text = ids(rows=5, tokens=12)
+    found = evaluate.routing(model, list(text.split(2)), text="t", active=0.5, segment=4)
+    assert found is not None
+    assert (found.tokens, found.segment) == (60, 4)
+    heads, experts = found.rows
+    assert (heads.router, experts.router) == ("head_router", "ffn.router")
+    assert (heads.units, heads.shared, heads.rule) == (H, 1, "top-k")
+    assert model.head_router.active == 1  # turned back
+    set_active(model, 0.5)
+    select = model.head_router(model.embed(text))
+    routed = model.head_router.order[1:].sort().values
+    assert heads.numbers == tuple(routed.tolist())
+    want = (select[..., routed] != 0).double().mean((0, 1))
+    assert heads.live == pytest.approx(tuple(want.tolist()))
+    assert heads.live_ratio == pytest.approx(float(want.mean()))
+    masks = [row[:, routed] != 0 for row in select]
+    assert heads.srp == pytest.approx(metrics.segment_routing(masks, 4)[0])
+    assert heads.sch == pytest.approx(metrics.segment_cache(masks, 4, 2.0))
+    short = evaluate.routing(model, [text], text="t", active=0.5, tokens=20)
+    assert short is not None and short.tokens == 24  # whole sequences
+    assert evaluate.routing(nn.Linear(2, 2), [text], text="t", active=0.5) is None
 
 
 def test_quality_without_calibration_says_so() -> None:

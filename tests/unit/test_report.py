@@ -22,6 +22,8 @@ from sparsify.report import (
     Quality,
     QualityRow,
     Report,
+    Routing,
+    RoutingRow,
     Step,
     number,
 )
@@ -154,6 +156,31 @@ def test_what_is_no_report_is_refused(text: str) -> None:
 
 def test_golden_text(golden: Any) -> None:
     golden("report/full.txt", make().golden())
+
+
+def routing() -> Routing:
+    heads = RoutingRow(
+        "model.layers.0.self_attn.router", "threshold", 4, 1, 0.5, 0.4, (0, 2, 3), (0.6, 0.1, 0.5),
+        0.85, 1.5, 0.71, 1.2, 0.93,
+    )  # fmt: skip
+    experts = RoutingRow(
+        "model.layers.0.mlp.moe.router", "top-k", 40, 8, 0.5, 0.375, tuple(range(8, 40)),
+        (0.375,) * 32, 1.0, 1.0, math.nan, math.nan, 0.8,
+    )  # fmt: skip
+    return Routing("python docstrings", 4096, 0.5, 16, 2.0, (heads, experts))
+
+
+def test_golden_text_with_routing(golden: Any) -> None:
+    report = make(routing=routing())
+    golden("report/routing.txt", routing().render(stable=True))
+    assert routing().render(stable=True).strip() in report.golden()
+    assert "routing on" not in make().golden()
+    assert Report.from_json(report.to_json()).to_json() == report.to_json()  # NaN survives
+    jsonschema.validate(report.to_dict(), schema())
+    old = make().to_dict()
+    del old["routing"]  # written before there was one
+    assert Report.from_dict(old) == make()
+    assert all(len(line) <= 60 for line in routing().render(60).splitlines())
 
 
 def test_golden_text_when_static_pruning_wins(golden: Any) -> None:
