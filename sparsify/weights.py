@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsify.core import Moved
 from sparsify.errors import BadInput
-from sparsify.regions import Attention, FeedForward, LinearWeight
+from sparsify.regions import Attention, FeedForward, LinearWeight, Projection
 from sparsify.runtime.spec import RoutedModule
 
 
@@ -82,6 +82,28 @@ def packed_attention(attention: Attention) -> tuple[Moved, ...]:
             attention.projection, (f"{query}.blocks", how, "weight"), (f"{query}.bias", how, "bias")
         )
     return tuple(moved)
+
+
+def packed_hidden(ffn: FeedForward) -> tuple[Moved, ...]:
+    """The weight map of a feed-forward layer packed by sub-dimension into ``mohd``."""
+    moved: list[Moved] = []
+    for role, linear in (("up", ffn.up), ("gate", ffn.gate), ("down", ffn.down)):
+        if linear is None:
+            continue
+        base = f"{_under(ffn.path, 'mohd')}.{role}"
+        how = "rows by sub-dimension" if role == "down" else "columns by sub-dimension, transposed"
+        bias = "by sub-dimension" if role == "down" else "unchanged"
+        moved += _pair(linear, (f"{base}.blocks", how, "weight"), (f"{base}.bias", bias, "bias"))
+    return tuple(moved)
+
+
+def packed_projection(projection: Projection, name: str, how: str) -> tuple[Moved, ...]:
+    """The weight map of one projection packed by input columns into a module ``name`` there."""
+    base = _under(projection.path, name)
+    linear = projection.linear
+    return tuple(
+        _pair(linear, (f"{base}.blocks", how, "weight"), (f"{base}.bias", "unchanged", "bias"))
+    )
 
 
 def _under(path: str, name: str) -> str:
