@@ -205,7 +205,9 @@ class HiddenColumns(RoutedColumns):
 
     Args:
         blocks, bias, dropped, places: of :class:`RoutedColumns`.
-        mixing: (out / N, N, N) or None.
+
+    Attributes:
+        mixing: (out / n, n, n) of n groups of output features, or None (see :meth:`mix`).
     """
 
     def __init__(
@@ -215,10 +217,13 @@ class HiddenColumns(RoutedColumns):
         *,
         dropped: Tensor | None = None,
         places: Tensor | None = None,
-        mixing: Tensor | None = None,
     ) -> None:
         super().__init__(blocks, bias, dropped=dropped, places=places)
-        self.mixing = None if mixing is None else as_parameter(mixing)
+        self.mixing: nn.Parameter | None = None
+
+    def mix(self, mixing: Tensor) -> None:
+        """Add group fusion of the outputs."""
+        self.mixing = as_parameter(mixing)
 
     def forward(self, z: Tensor, select: Tensor) -> Tensor:
         """z (..., in), select (..., N) -> (..., out)."""
@@ -237,7 +242,7 @@ class HiddenColumns(RoutedColumns):
         groups = options["mixing"]
         if groups is not None:
             like = made.blocks.detach()
-            made.mixing = as_parameter(unmixed(groups, options["outputs"] // groups, like))
+            made.mix(unmixed(groups, options["outputs"] // groups, like))
         return made
 
     def cost(self, active: float | None = None, context: int = 0) -> Cost:
