@@ -136,9 +136,7 @@ def hidden_router(
         bias = energy.double().mean(0).clamp_min(1e-30).log()
         weight = torch.zeros(routed, width)
     made = "threshold" if rule in ("auto", "threshold") else "top-k"
-    router = HiddenRouter(
-        weight.to(dtype), bias.to(dtype), power=power, shared=shared, rule=made
-    )
+    router = HiddenRouter(weight.to(dtype), bias.to(dtype), power=power, shared=shared, rule=made)
     losses = None if scale is None else energy / scale.clamp_min(1e-30)
     router.calibrate(x, losses)
     return router

@@ -3,11 +3,10 @@
 The hidden half of Mixture of Hidden-Dimensions (Chen et al., arXiv:2412.05644) for any projection
 (q, k, v, output, gate, up, down): its input features are sorted by what they add, cut into N
 sub-dimensions, and a router picks per token which of them are read, beside the shared ones.
-Projections that read the same input share one router, so a token's selection is one for q, k and v,
-as the paper's routed hidden state is. ``scaling`` is the exponent of the paper's activation scaling;
-``fusion`` mixes the outputs of projections that write to the residual stream (the identity until
-trained). Sub-dimensions are blocks picked by a learned router: for single columns and a threshold
-on ``|x|`` see the family of TEAL.
+Projections that read the same input share one router, so q, k and v have one selection, as in the
+paper's routed hidden state. ``scaling`` is the exponent of its activation scaling; ``fusion`` mixes
+the outputs of projections that write to the residual stream (the identity until trained).
+Sub-dimensions are blocks picked by a learned router, not single columns under a threshold (TEAL).
 
 Nothing is trained: routers are ridge regressions of log energy on magnitudes, and dead
 sub-dimensions keep their mean. With all live: REORDERED. Without calibration data the router sums

@@ -143,7 +143,8 @@ class HiddenFFN(RoutedModule):
                 dead = (select == 0).to(y.dtype).unsqueeze(2)
                 y = y + (dead * self.still).flatten(1)
             y = self._unpacked(y if self.mixing is None else fuse(y, self.mixing))
-        return y.view(x.shape)
+        result: Tensor = y.view(x.shape)
+        return result
 
     def _packed(self, y: Tensor) -> Tensor:
         """Features in the order of the sub-dimensions."""
