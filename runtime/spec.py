@@ -91,6 +91,9 @@ _OURS: dict[str, str] = {
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",
+    "HiddenRouter": "sparsify.runtime.hidden",
+    "HiddenFFN": "sparsify.runtime.hidden",
+    "HiddenColumns": "sparsify.runtime.hidden",
 }
 
 

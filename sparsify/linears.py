@@ -62,14 +62,16 @@ def projections(
         if role not in names:
             names.append(role)
     outer = {"result": ports["y"]} | {n: ports[n] for n in ("stream",) if n in ports}
+    whole = {linear.result: linear.tensors(gm) for linear, _ in named.values()}
     return [
         Projection(
             path=str(linear.weight.target).removesuffix("weight").rstrip("._"),
             where=source_line(linear.nodes[0].meta),
-            linear=linear.tensors(gm),
+            linear=whole[linear.result],
             role="+".join(names),
             ports={"x": linear.x, "y": linear.result, **outer},
             sites={"projection": Site(linear.result, linear.nodes)},
+            beside=tuple(whole[o.result] for o, _ in named.values() if o.x is linear.x),
         )
         for linear, names in named.values()
     ]

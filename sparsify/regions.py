@@ -102,7 +102,8 @@ class Projection(Region):
     ``stream`` its residual stream (where it has one). Sites: ``projection``.
     ``role``: what it is in the larger region, ``up``, ``gate``, ``down``, ``query``, ``key``,
     ``value``, ``output``, or several joined by ``+`` where they are fused. ``parent``: its path.
-    ``time_major``: rows run over (T, B) inside the region, not (B, T).
+    ``time_major``: rows run over (T, B) inside the region, not (B, T). ``beside``: all projections
+    of the larger region that read the same ``x``, this one included.
     """
 
     kind: ClassVar[str] = "Projection"
@@ -110,6 +111,7 @@ class Projection(Region):
     role: str = dataclasses.field(kw_only=True)
     parent: str = dataclasses.field(kw_only=True, default="")
     time_major: bool = dataclasses.field(kw_only=True, default=False)
+    beside: tuple[LinearWeight, ...] = dataclasses.field(kw_only=True, default=(), repr=False)
 
     @property
     def length(self) -> int:

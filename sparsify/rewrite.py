@@ -63,6 +63,10 @@ def splice(
             replaced[old] = node
         else:
             node.meta.pop("shape", None)
+            if part.inputs == ("x",):
+                for other in regions:  # that read the same x: one router can serve them all
+                    if other is not region and other.ports.get("x") is inputs[0]:
+                        other.ports[f"{pass_name}.{part.name}"] = node
         handles[part.name] = node
     private = {n for s in region.sites.values() for n in s.nodes}
     overlapping = _sites(regions)

@@ -84,6 +84,19 @@ def packed_attention(attention: Attention) -> tuple[Moved, ...]:
     return tuple(moved)
 
 
+def packed_hidden(ffn: FeedForward) -> tuple[Moved, ...]:
+    """The weight map of a feed-forward layer packed by sub-dimension into ``mohd``."""
+    moved: list[Moved] = []
+    for role, linear in (("up", ffn.up), ("gate", ffn.gate), ("down", ffn.down)):
+        if linear is None:
+            continue
+        base = f"{_under(ffn.path, 'mohd')}.{role}"
+        how = "rows by sub-dimension" if role == "down" else "columns by sub-dimension, transposed"
+        bias = "by sub-dimension" if role == "down" else "unchanged"
+        moved += _pair(linear, (f"{base}.blocks", how, "weight"), (f"{base}.bias", bias, "bias"))
+    return tuple(moved)
+
+
 def packed_projection(
     projection: Projection, name: str, tensor: str, how: str
 ) -> tuple[Moved, ...]:
