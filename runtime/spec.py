@@ -85,6 +85,7 @@ _OURS: dict[str, str] = {
     "Router": "sparsify.runtime.router",
     "Prefix": "sparsify.runtime.prefix",
     "RoutedFFN": "sparsify.runtime.ffn",
+    "ConditionedFFN": "sparsify.runtime.conditioned",
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",

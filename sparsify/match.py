@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from sparsify.blocks import find_blocks
+from sparsify.condition import condition_of
 from sparsify.linears import find_linears
 from sparsify.match_attention import match_attention
 from sparsify.match_ffn import match_feed_forward
@@ -39,6 +40,10 @@ def find(gm: fx.GraphModule, example: tuple[Any, ...]) -> Matches:
         elif found is not None:
             regions.append(found)
     regions.sort(key=lambda region: int(region.ports["y"].meta["order"]))
+    for region in regions:
+        condition = condition_of(region.ports["x"], linears)
+        if condition is not None:
+            region.ports["condition"] = condition
     taken: set[fx.Node] = set()
     for region in regions:  # a projection that two regions read belongs to the first
         region.parts = [part for part in region.parts if part.ports["y"] not in taken]
