@@ -86,6 +86,8 @@ _OURS: dict[str, str] = {
     "Prefix": "sparsify.runtime.prefix",
     "RoutedFFN": "sparsify.runtime.ffn",
     "ConditionedFFN": "sparsify.runtime.conditioned",
+    "ModalityFFN": "sparsify.runtime.modality",
+    "ModalityLinear": "sparsify.runtime.modality",
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",

@@ -15,6 +15,7 @@ from sparsify.condition import condition_of
 from sparsify.linears import find_linears
 from sparsify.match_attention import match_attention
 from sparsify.match_ffn import match_feed_forward
+from sparsify.modality import modality_ports, token_inputs
 from sparsify.probe import annotate
 from sparsify.regions import Matches, NearMiss, Region
 
@@ -49,6 +50,9 @@ def find(gm: fx.GraphModule, example: tuple[Any, ...]) -> Matches:
         region.parts = [part for part in region.parts if part.ports["y"] not in taken]
         taken.update(part.ports["y"] for part in region.parts)
     matches = Matches(regions, misses, [])
+    given = token_inputs(gm)
+    for region in matches.all_regions:
+        region.ports |= modality_ports(region.ports["x"], *given)
     _number(matches.all_regions)
     matches.blocks = find_blocks(regions)
     for region in regions:

@@ -54,7 +54,9 @@ class Region:
         index: position among regions of its kind, in execution order; count: how many there are.
         sites: site name -> (its nodes' inputs, its result) as graph nodes; for ``rewrite`` only.
         ports: port name -> node. Where a value per sample modulates ``x`` (the noise embedding of a
-            diffusion transformer), ``condition`` (B, C) is that value.
+            diffusion transformer), ``condition`` (B, C) is that value. ``input.NAME`` (B, T) are
+            the graph's integer inputs with one value per row of ``x``; ``tokens`` is the one that
+            token embeddings are looked up with.
         samples: port name -> (tokens, width) calibration rows (``port.energy``: (tokens, 1) squared
             norms of the port's rows), filled when the pass asked and
             calibration data were given. Rows of all ports of a region belong to the same tokens.
