@@ -88,6 +88,8 @@ _OURS: dict[str, str] = {
     "ConditionedFFN": "sparsify.runtime.conditioned",
     "ModalityFFN": "sparsify.runtime.modality",
     "ModalityLinear": "sparsify.runtime.modality",
+    "LatentProjection": "sparsify.runtime.latent",
+    "Features": "sparsify.runtime.latent",
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",

@@ -181,6 +181,8 @@ class Attention(Region):
     ``score.0`` ... the tensors that ``score`` reads (masks, biases).
     Sites: ``query`` (the projection that yields q rows; absent where rows cannot be told per head),
     ``attend`` (scores, softmax, weighted sum -> (B, H, T, dv)), ``output`` (the projection).
+    A splice may also replace a projection by the role of its part (``key``, ``value``,
+    ``query+key+value``), and read what it reads (``key.x``).
     ``query`` is the query role alone, ``projection`` the whole projection that holds it (with key
     and value rows where they are fused), ``query_rows`` (H, r) the rows of each head in
     ``projection``.
