@@ -93,6 +93,7 @@ _OURS: dict[str, str] = {
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",
+    "SpanAttend": "sparsify.runtime.spans",
 }
 
 
