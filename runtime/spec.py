@@ -88,12 +88,18 @@ _OURS: dict[str, str] = {
     "Magnitude": "sparsify.runtime.inputs",
     "RoutedLinear": "sparsify.runtime.inputs",
     "RoutedFFN": "sparsify.runtime.ffn",
+    "ConditionedFFN": "sparsify.runtime.conditioned",
+    "ModalityFFN": "sparsify.runtime.modality",
+    "ModalityLinear": "sparsify.runtime.modality",
+    "LatentProjection": "sparsify.runtime.latent",
+    "Features": "sparsify.runtime.latent",
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",
     "HiddenRouter": "sparsify.runtime.hidden",
     "HiddenFFN": "sparsify.runtime.hidden",
     "HiddenColumns": "sparsify.runtime.hidden",
+    "SpanAttend": "sparsify.runtime.spans",
 }
 
 

@@ -11,9 +11,11 @@ from typing import Any
 from torch import fx
 
 from sparsify.blocks import find_blocks
+from sparsify.condition import condition_of
 from sparsify.linears import find_linears
 from sparsify.match_attention import match_attention
 from sparsify.match_ffn import match_feed_forward
+from sparsify.modality import modality_ports, token_inputs
 from sparsify.probe import annotate
 from sparsify.regions import Matches, NearMiss, Region
 
@@ -39,11 +41,18 @@ def find(gm: fx.GraphModule, example: tuple[Any, ...]) -> Matches:
         elif found is not None:
             regions.append(found)
     regions.sort(key=lambda region: int(region.ports["y"].meta["order"]))
+    for region in regions:
+        condition = condition_of(region.ports["x"], linears)
+        if condition is not None:
+            region.ports["condition"] = condition
     taken: set[fx.Node] = set()
     for region in regions:  # a projection that two regions read belongs to the first
         region.parts = [part for part in region.parts if part.ports["y"] not in taken]
         taken.update(part.ports["y"] for part in region.parts)
     matches = Matches(regions, misses, [])
+    given = token_inputs(gm)
+    for region in matches.all_regions:
+        region.ports |= modality_ports(region.ports["x"], *given)
     _number(matches.all_regions)
     matches.blocks = find_blocks(regions)
     for region in regions:

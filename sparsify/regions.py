@@ -53,7 +53,10 @@ class Region:
         where: ``file.py:line   source text`` of the user's code.
         index: position among regions of its kind, in execution order; count: how many there are.
         sites: site name -> (its nodes' inputs, its result) as graph nodes; for ``rewrite`` only.
-        ports: port name -> node.
+        ports: port name -> node. Where a value per sample modulates ``x`` (the noise embedding of a
+            diffusion transformer), ``condition`` (B, C) is that value. ``input.NAME`` (B, T) are
+            the graph's integer inputs with one value per row of ``x``; ``tokens`` is the one that
+            token embeddings are looked up with.
         samples: port name -> (tokens, width) calibration rows (``port.energy``: (tokens, 1) squared
             norms of the port's rows), filled when the pass asked and
             calibration data were given. Rows of all ports of a region belong to the same tokens.
@@ -75,6 +78,12 @@ class Region:
     blocked: str | None = None
     block: int | None = None
     parts: list[Projection] = dataclasses.field(default_factory=list, repr=False)
+
+    @property
+    def condition_width(self) -> int:
+        """C: features of the port ``condition``; 0 where there is none."""
+        node = self.ports.get("condition")
+        return int(node.meta["shape"][-1]) if node is not None else 0
 
     def facts(self) -> dict[str, Any]:
         """What a reader wants to know, as plain values."""
@@ -174,6 +183,8 @@ class Attention(Region):
     ``score.0`` ... the tensors that ``score`` reads (masks, biases).
     Sites: ``query`` (the projection that yields q rows; absent where rows cannot be told per head),
     ``attend`` (scores, softmax, weighted sum -> (B, H, T, dv)), ``output`` (the projection).
+    A splice may also replace a projection by the role of its part (``key``, ``value``,
+    ``query+key+value``), and read what it reads (``key.x``).
     ``query`` is the query role alone, ``projection`` the whole projection that holds it (with key
     and value rows where they are fused), ``query_rows`` (H, r) the rows of each head in
     ``projection``.

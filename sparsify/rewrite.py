@@ -33,15 +33,19 @@ def splice(
         regions: all regions of the graph (their ports may name replaced nodes).
     """
     handles: dict[str, fx.Node] = dict(region.ports)
+    sites = dict(region.sites)
+    for inner in region.parts:  # a pass on the larger region may replace its projections too
+        handles.setdefault(f"{inner.role}.x", inner.ports["x"])
+        sites.setdefault(inner.role, inner.sites["projection"])
     replaced: dict[fx.Node, fx.Node] = {}
     names: dict[str, str] = {}
     path = region.path.split("#")[0]
     for part in rewrite.splices:
         missing = [name for name in part.inputs if name not in handles]
-        if missing or (part.site is not None and part.site not in region.sites):
+        if missing or (part.site is not None and part.site not in sites):
             raise SparsifyBug(
                 f"{pass_name} names {missing or part.site!r}, which {region.kind} does not have",
-                where=f"{region.path}: ports {sorted(region.ports)}, sites {sorted(region.sites)}",
+                where=f"{region.path}: ports {sorted(region.ports)}, sites {sorted(sites)}",
                 help="see sparsify/regions.py for the ports and sites of each region",
             )
         wanted = f"{path}.{part.name}" if path else part.name
@@ -50,7 +54,7 @@ def splice(
             names[wanted] = target
         gm.add_submodule(target, part.module)
         inputs = [replaced.get(handles[name], handles[name]) for name in part.inputs]
-        old = region.sites[part.site].result if part.site is not None else None
+        old = sites[part.site].result if part.site is not None else None
         at = old if old is not None else max(inputs, key=_order)
         place = gm.graph.inserting_before(at) if old is not None else gm.graph.inserting_after(at)
         with place:
@@ -68,7 +72,8 @@ def splice(
                     if other is not region and other.ports.get("x") is inputs[0]:
                         other.ports[f"{pass_name}.{part.name}"] = node
         handles[part.name] = node
-    private = {n for s in region.sites.values() for n in s.nodes}
+    used = [sites[part.site] for part in rewrite.splices if part.site is not None]
+    private = {n for s in (*region.sites.values(), *used) for n in s.nodes}
     overlapping = _sites(regions)
     for other in regions:
         other.ports = {name: replaced.get(n, n) for name, n in other.ports.items()}
