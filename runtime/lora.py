@@ -170,8 +170,9 @@ def _release(owner: nn.Module, leaf: str) -> None:
     may be another model's too.
     """
     held = owner.parametrizations
-    del held[leaf]  # type: ignore[operator]
-    if not len(held):  # type: ignore[arg-type]
+    assert isinstance(held, nn.ModuleDict)
+    del held[leaf]
+    if not len(held):
         del owner._modules["parametrizations"]
         owner.__class__ = type(owner).__bases__[0]
     else:

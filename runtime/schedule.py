@@ -62,9 +62,11 @@ class Schedule:
     def budget(self, step: int) -> float:
         """The active budget in force during ``step`` (the first step is 0)."""
         gone = step - self.delay
+        if gone < 0:
+            return self.start
         if gone >= self.steps:
             return self.end
-        left = _LEFT[self.shape](max(gone, 0) / self.steps)
+        left = _LEFT[self.shape](gone / self.steps)
         return self.end + (self.start - self.end) * left
 
     def apply(self, model: nn.Module, step: int) -> float:

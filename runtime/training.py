@@ -45,8 +45,9 @@ def masked(model: nn.Module) -> Iterator[None]:
         before.append((module, module.dispatch))
         module.dispatch = "masked"
         inner = getattr(module, "router", None)
-        plain = type(inner) is Router and inner.unit_weights and "forward" not in vars(inner)
-        if plain and module.computes_masked:
+        if type(inner) is not Router or "forward" in vars(inner):
+            continue
+        if inner.unit_weights and module.computes_masked:
             inner.forward = _straight_through(inner)
             wrapped.append(inner)
     try:
@@ -117,7 +118,7 @@ class Thresholds:
 
     def __enter__(self) -> Thresholds:
         for index, router in enumerate(self.members):
-            router.live = self._following(index)  # type: ignore[method-assign]
+            router.live = self._following(index)  # type: ignore[method-assign,assignment]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -384,9 +384,7 @@ class _Run:
 
     def _save(self) -> None:
         if self.folder is not None:
-            write(
-                self.folder, self.plan, self.done, self.trainee, self.optimizer, self.thresholds
-            )
+            write(self.folder, self.plan, self.done, self.trainee, self.optimizer, self.thresholds)
 
     # -- the end
 
@@ -525,4 +523,3 @@ def check_checkpoint(folder: Path | None, resume: bool) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file", help="name a folder")
-

@@ -51,7 +51,7 @@ class _Divergence(torch.autograd.Function):
         return (total / max(len(student), 1)).float()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         """The gradient was made on the way forward: (softmax(student) - softmax(teacher)) / n."""
         return ctx.gradient * grad.to(ctx.gradient.dtype), None
