@@ -48,7 +48,7 @@ def masked(model: nn.Module) -> Iterator[None]:
         if type(inner) is not Router or "forward" in vars(inner):
             continue
         if inner.unit_weights and module.computes_masked:
-            inner.forward = _straight_through(inner)
+            inner.forward = _straight_through(inner)  # type: ignore[method-assign]
             wrapped.append(inner)
     try:
         yield

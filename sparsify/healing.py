@@ -35,7 +35,6 @@ from sparsify.report import Report
 from sparsify.runtime.counters import counters, reset
 from sparsify.runtime.dial import kept, set_active
 from sparsify.runtime.model import SparseModel
-from sparsify.runtime.schedule import Schedule
 from sparsify.runtime.training import Thresholds, masked, resettle
 from sparsify.saved import budget, load
 from sparsify.static_pruning import all_live
@@ -135,7 +134,6 @@ def heal(
     kl: float = 1.0,
     mse: float = 1.0,
     ce: float = 0.0,
-    ramp: int = 0,
     every: int = 20,
     patience: int = 3,
     seed: int = 0,
@@ -158,7 +156,6 @@ def heal(
         rate: factor on the learning rates of ``RATES``.
         rank: of LoRA.
         kl, mse, ce: how much each part of the loss counts.
-        ramp: steps over which the budget goes from 1 to ``active`` (cubic); 0 = there at once.
         every: steps between evaluations (and checkpoints).
         patience: evaluations without improvement before it stops; 0 = never.
         seed: of the order of the text and of the adapters.
@@ -177,7 +174,7 @@ def heal(
         OutputError: ``checkpoint`` holds an unfinished healing and ``resume`` is not given.
         BadCheckpoint: nothing to resume, or a checkpoint of another healing.
     """
-    check_options(train, steps, minutes, batch, length, rate, rank, (kl, mse, ce), every, ramp)
+    check_options(train, steps, minutes, batch, length, rate, rank, (kl, mse, ce), every)
     folder = None if checkpoint is None else Path(checkpoint)
     check_checkpoint(folder, resume)
     sparse = model if isinstance(model, SparseModel) else load(model)
@@ -186,7 +183,7 @@ def heal(
     name, rows, measured = _text(sparse, text, tokenizer, batch, length, steps, seed)
     plan = {
         "train": train, "active": active, "steps": steps, "batch": batch, "length": length,
-        "rate": rate, "rank": rank, "kl": kl, "mse": mse, "ce": ce, "ramp": ramp, "every": every,
+        "rate": rate, "rank": rank, "kl": kl, "mse": mse, "ce": ce, "every": every,
         "seed": seed, "text": name, "tokens": rows.numel(), "sum": int(rows.sum()),
         "pipeline": sparse.pipeline,
     }  # fmt: skip
@@ -238,7 +235,6 @@ class _Run:
         self.progress = progress or (lambda event, done, total: None)
         self.steps = int(plan["steps"])
         self.active = budget(model)
-        self.dial = None if not plan["ramp"] else Schedule(self.active, int(plan["ramp"]))
         groups = [
             {"params": list(group.values()), "lr": 0.0, "top": RATES[kind] * plan["rate"]}
             for kind, group in trainee.groups.items()
@@ -275,9 +271,6 @@ class _Run:
 
     def _step(self) -> None:
         done = self.done
-        if self.dial is not None:
-            if done.step < self.dial.steps:
-                self.dial.apply(self.model, done.step)
         factor = self._factor()
         for group in self.optimizer.param_groups:
             group["lr"] = group["top"] * factor
@@ -286,7 +279,7 @@ class _Run:
         if not torch.isfinite(loss):
             raise _diverged(done.step)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(list(self.trainee.parameters.values()), 1.0)
         if not torch.isfinite(norm):
             raise _diverged(done.step)
@@ -484,7 +477,6 @@ def check_options(
     rank: int,
     weights: tuple[float, float, float],
     every: int,
-    ramp: int,
 ) -> None:
     """BadInput for the first option that makes no sense."""
     if train not in TRAIN:
@@ -505,8 +497,6 @@ def check_options(
             f"the parts of the loss cannot count {', '.join(f'{w:g}' for w in weights)}",
             help="kl, mse and ce are 0 or more, and one of them is above 0",
         )
-    if not 0 <= ramp <= steps:
-        raise BadInput(f"ramp cannot be {ramp}", help="0 to the number of steps")
 
 
 def check_checkpoint(folder: Path | None, resume: bool) -> None:
