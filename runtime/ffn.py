@@ -9,7 +9,7 @@ in another order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class RoutedFFN(RoutedModule):
         copies: each expert is a whole dense layer (sparse upcycling), not a part of one.
     """
 
+    computes_masked: ClassVar[bool] = True
     order: Tensor | None
 
     def __init__(
@@ -174,6 +175,8 @@ class RoutedFFN(RoutedModule):
         scores = None if scores is None else scores.reshape(len(rows), -1)
         if self.router.all_live and self.dispatch != "grouped":
             y = self._dense(rows, select if select.requires_grad else None)
+        elif self.dispatch == "masked":
+            y = self._masked(rows, select, scores)
         elif self.dispatch != "grouped" and self._can_pick(rows):
             y = self._picked(rows, select, scores)
         else:
@@ -202,6 +205,20 @@ class RoutedFFN(RoutedModule):
             for left, right in self._stand_ins(work.mask, scores):
                 total.add(None, left, right)
         return join_graph(total.value(), x, self.up).to(x.dtype)
+
+    def _masked(self, x: Tensor, select: Tensor, scores: Tensor | None) -> Tensor:
+        """Every expert on every token, dead pairs times zero: nothing is skipped, for training."""
+        # Forward and backward of 512 tokens at 576/1536, 64 experts half live, one busy CPU thread:
+        # 77 ms with routers training (grouped 113, dense 73), 109 ms with all (grouped 167).
+        mask = select != 0
+        self.counter.seen(len(x), self.experts, int(mask.sum()))
+        self.counter.rows += len(x) * self.experts
+        total = Sum(len(x), self.down_bias, self.width, x)
+        hidden = self._hidden(x, select, self.up, self.gate, self.up_bias, self.gate_bias)
+        total.add(None, hidden, self.down.flatten(0, 1))
+        for left, right in self._stand_ins(mask, scores):
+            total.add(None, left, right)
+        return total.value().to(x.dtype)
 
     def _by_expert(self, x: Tensor, work: Plan, select: Tensor | None, total: Sum) -> None:
         weights = [None] * len(work.segments) if select is None else work.pairs(select)

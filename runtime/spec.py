@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Spec = dict[str, Any]
-Dispatch = Literal["auto", "grouped"]
+Dispatch = Literal["auto", "grouped", "masked"]
 
 
 class RoutedModule(nn.Module):
@@ -32,12 +32,16 @@ class RoutedModule(nn.Module):
     Attributes:
         dispatch: ``auto`` merges neighbouring units that are live for every token into one matmul
             (all live = the dense computation); ``grouped`` multiplies unit by unit. Verification
-            forces ``grouped``.
+            forces ``grouped``. ``masked`` computes every unit for every token and multiplies dead
+            ones by zero, where a module can: nothing is skipped, but training is faster
+            (:mod:`sparsify.runtime.training`).
+        computes_masked: whether the class has such a way.
         pass_name: the pass that made the module; the dial can be turned per pass.
         counter: work done since the last reset; not part of the state dict.
     """
 
     dispatch: Dispatch = "auto"
+    computes_masked: ClassVar[bool] = False
     pass_name: str = ""
 
     def __init__(self) -> None:
