@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         option,
     )
     from sparsify.errors import SparsifyError
+    from sparsify.healing import heal
     from sparsify.regions import Attention, FeedForward, Projection, Region
     from sparsify.report import Report
     from sparsify.runtime.model import SparseModel
@@ -56,6 +57,7 @@ _HOME = {
         "Remark", "Rewrite", "Splice", "option",
     ),
     "sparsify.errors": ("SparsifyError",),
+    "sparsify.healing": ("heal",),
     "sparsify.regions": ("Attention", "FeedForward", "Projection", "Region"),
     "sparsify.report": ("Report",),
     "sparsify.runtime.model": ("SparseModel",),
@@ -85,6 +87,7 @@ __all__ = [
     "compile",
     "diff",
     "generate",
+    "heal",
     "inspect",
     "load",
     "option",

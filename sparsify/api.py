@@ -206,7 +206,7 @@ def inspect(model: Any, example: Any = None, *, progress: Progress | None = None
             if len(left) < len(mine):
                 applies.append(name)
             else:
-                refused += left
+                refused += {r.reason: r for r in left}.values()  # parts often say the same
         rows.append(
             RegionRow(
                 region.path,

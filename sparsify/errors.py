@@ -149,6 +149,7 @@ class SparsifyBug(SparsifyError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """``did you mean 'x'?`` for the closest of ``known``, or None."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    """``did you mean 'x'?`` for the closest of ``known``, or None; swapped letters are closest."""
+    close = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
+    close.sort(key=lambda other: sorted(other) != sorted(name))
     return f"did you mean '{close[0]}'?" if close else None

@@ -38,7 +38,12 @@ def _run(args: list[str]) -> int:
 
     from sparsify.cli.app import app
 
-    for verbs in ("build", "use", "about"):  # in the order of --help; an import registers them
+    for verbs in (
+        "build",
+        "use",
+        "train",
+        "about",
+    ):  # in the order of --help; an import registers them
         importlib.import_module(f"sparsify.cli.{verbs}")
 
     if not args:
