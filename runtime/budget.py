@@ -56,6 +56,7 @@ class Budgeted(RoutedModule):
             spreads rounding over them; None = rounded here.
         company: how far the routers of other passes are turned down too, between 0 (not at all) and
             1 (as far as this one); mixes the two settled tables.
+        drift: added to one threshold for all units while scores change in training; not saved.
     """
 
     quantiles: Tensor | None
@@ -87,6 +88,7 @@ class Budgeted(RoutedModule):
         self.active = 1.0
         self.k_exact: int | None = None
         self.company = 1.0
+        self.drift = 0.0
         self._cut: float | Tensor | None = None
 
     # -- what a subclass defines
@@ -264,7 +266,7 @@ class Budgeted(RoutedModule):
             return self.selector.default_cut(share)
         if self.selector.per_unit:
             return _row(self.quantiles, 1 - share)
-        return _quantile(self.quantiles, 1 - share) + self._shift()
+        return _quantile(self.quantiles, 1 - share) + self._shift() + self.drift
 
     def cut(self, extra: Tensor | None = None) -> Cut:
         """Where the rule cuts at the present budget; ``extra`` are its further scores."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.dial import kept, routers, set_active
 from sparsify.runtime.router import Router
+from sparsify.runtime.rule import Selection
 from sparsify.runtime.spec import Dispatch, RoutedModule
 
 SETTLED_AT = (0.25, 0.5, 0.75)  # budgets that thresholds are settled at, as when compiling
@@ -110,36 +111,66 @@ class Thresholds:
         shifts: float64 (routers,), what is added to every router's own threshold.
     """
 
-    def __init__(self, model: nn.Module, rate: float = 0.1) -> None:
+    def __init__(self, model: nn.Module, rate: float = 0.3) -> None:
         found = routers(model)
-        self.members = [r for _, r in found if r.rule == "threshold" and r.quantiles is not None]
+        self.members = [
+            r
+            for _, r in found
+            if r.selector.mean and not r.selector.per_unit and r.quantiles is not None
+        ]
         self.rate = rate
         self.shifts = torch.zeros(len(self.members), dtype=torch.float64)
 
     def __enter__(self) -> Thresholds:
         for index, router in enumerate(self.members):
-            router.live = self._following(index)  # type: ignore[method-assign,assignment]
+            router.live = self._cutting(index, router)  # type: ignore[method-assign]
+            if isinstance(router, Router):
+                router.select = self._selecting(index, router)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
         for router in self.members:
+            vars(router).pop("select", None)
             vars(router).pop("live", None)
+            router.drift = 0.0
+            router._cut = None
 
-    def _following(self, index: int) -> Callable[[Tensor], Tensor]:
-        router = self.members[index]
+    def _selecting(self, index: int, router: Router) -> Callable[..., Selection]:
+        usual = router.select
 
-        def live(scores: Tensor) -> Tensor:
-            share = router.budget / router.routed
-            if share >= 1:
-                return torch.ones_like(scores, dtype=torch.bool)
-            if torch.is_grad_enabled() and share > 0:
-                ranked = scores.detach().flatten().float().sort().values
-                at = min(round((1 - share) * len(ranked)), len(ranked) - 1)
-                wanted = float(ranked[max(at - 1, 0)]) - router.threshold
-                self.shifts[index] += self.rate * (wanted - self.shifts[index])
-            return scores > router.threshold + float(self.shifts[index])
+        def select(x: Tensor, scores: Tensor | None = None) -> Selection:
+            scores = router.scores(x) if scores is None else scores
+            self._follow(index, router, scores)
+            return usual(x, scores)
+
+        return select
+
+    def _cutting(self, index: int, router: Budgeted) -> Callable[..., Tensor]:
+        usual = router.live
+
+        def live(scores: Tensor, extra: Tensor | None = None) -> Tensor:
+            if isinstance(router, Router):
+                self._put(index, router)  # it follows where it selects
+            else:
+                self._follow(index, router, scores)
+            return usual(scores, extra)
 
         return live
+
+    def _follow(self, index: int, router: Budgeted, scores: Tensor) -> None:
+        """Move the threshold towards what the budget wants of these scores."""
+        share = router.budget / router.routed
+        if torch.is_grad_enabled() and 0 < share < 1:
+            ranked = router.keys(scores.detach()).flatten().float().sort().values
+            at = min(round((1 - share) * len(ranked)), len(ranked) - 1)
+            wanted = float(ranked[max(at - 1, 0)]) - (float(router.threshold) - router.drift)
+            self.shifts[index] += self.rate * (wanted - self.shifts[index])
+        self._put(index, router)
+
+    def _put(self, index: int, router: Budgeted) -> None:
+        if router.drift != float(self.shifts[index]):
+            router.drift = float(self.shifts[index])
+            router._cut = None
 
 
 def resettle(model: nn.Module, run: Callable[[], Any]) -> None:

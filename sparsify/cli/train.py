@@ -59,7 +59,8 @@ def heal(
 ) -> None:
     """Train a saved model towards the dense one.
 
-    Saves it to OUT2. The dense model teaches it. Checkpoints go to OUT2.healing and are removed at the end.
+    Saves it to OUT2. The dense model teaches it. Checkpoints go to OUT2.healing and are removed at
+    the end.
     """
     checks.fraction("--active", active)
     checks.among("--train", train, TRAIN)
