@@ -88,6 +88,8 @@ _OURS: dict[str, str] = {
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",
+    "DepthRouter": "sparsify.runtime.depth",
+    "RoutedLayer": "sparsify.runtime.depth",
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from sparsify.blocks import find_blocks
+from sparsify.layers import find_stacks
 from sparsify.linears import find_linears
 from sparsify.match_attention import match_attention
 from sparsify.match_ffn import match_feed_forward
@@ -44,8 +45,10 @@ def find(gm: fx.GraphModule, example: tuple[Any, ...]) -> Matches:
         region.parts = [part for part in region.parts if part.ports["y"] not in taken]
         taken.update(part.ports["y"] for part in region.parts)
     matches = Matches(regions, misses, [])
-    _number(matches.all_regions)
     matches.blocks = find_blocks(regions)
+    matches.stacks, beside = find_stacks(gm, matches.blocks, regions)
+    misses += beside
+    _number(matches.all_regions)
     for region in regions:
         for part in region.parts:
             part.parent, part.block = region.path, region.block
