@@ -77,4 +77,5 @@ def plain_weight(width: int, units: int, seed: int) -> Tensor:
 def normal_quantiles(points: int = 257) -> Tensor:
     """(points,) quantiles of a standard normal, the ends at half a step."""
     at = torch.linspace(0, 1, points, dtype=torch.float64).clamp(0.5 / points, 1 - 0.5 / points)
-    return torch.special.ndtri(at).float()
+    quantiles: Tensor = torch.special.ndtri(at)
+    return quantiles.float()

@@ -4,9 +4,10 @@ Mixture of Depths (Raposo et al., arXiv:2404.02258): every block has a router th
 and a budget (its capacity); tokens above it go through the block, the others past it. In the block,
 only tokens that are in it attend and are attended to. The router is fitted to predict how much the
 block changes a token (log of the squared change over the squared stream); where calibration data
-were given, budgets go to the blocks that change the stream most. By default a token is judged alone
-by a threshold, which is causal and the same while decoding (the paper trains a predictor for that);
-``router=top-k`` is the paper's expert choice over the tokens of each sequence.
+were given, budgets go to the blocks that change the stream most. Where causal or calibrated, a token
+is judged alone by a threshold, which is the same while decoding (the paper trains a predictor for
+that); ``router=top-k`` is the paper's expert choice over the tokens of each sequence. Without data
+the threshold is a standard normal's, and budgets hold roughly only.
 
 The key/value cache keeps a slot per token in every layer; a token that skipped a layer has zeros
 there and is left out by later tokens.
@@ -20,8 +21,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsify.core import EXACT, Claim, Pass, Refused, Rewrite, Splice, option
-from sparsify.regions import Layer
+from sparsify.core import EXACT, REORDERED, Claim, Pass, Refused, Rewrite, Splice, option
+from sparsify.regions import Attention, Layer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,9 +42,10 @@ class DepthMod(Pass[Layer]):
     first: int = option(0, "blocks at the start that every token runs", ge=0)
     last: int = option(0, "blocks at the end that every token runs", ge=0)
     router: str = option(
-        "threshold",
-        "threshold = every token judged alone; top-k = the best tokens of each sequence",
-        among=("threshold", "top-k"),
+        "auto",
+        "threshold = each token judged alone; top-k = the best tokens of each sequence; "
+        "auto = threshold if causal or calibrated, else top-k",
+        among=("auto", "threshold", "top-k"),
     )
     compensate: bool = option(True, "add the mean change of the easier half of tokens when skipped")
 
@@ -73,9 +75,20 @@ class DepthMod(Pass[Layer]):
         splice, moved = routed_layer(layer, layer, "layer", "router", 0, dropped)
         fitted = "calibrated" if layer.samples else "from weights"
         note = f"{router.rule} router ({fitted})"
-        if splice.module.slots:  # type: ignore[union-attr]
+        if splice.module.slots:
             note += ", cache slots of skipping tokens are empty"
-        return Rewrite((Splice("router", router, ("x",)), splice), (), note, moved=moved)
+        claim = REORDERED if moved else None  # routed modules inside sum in another order
+        length = sum(region.length for region in layer.inside)
+        splices = (Splice("router", router, ("x",)), splice)
+        return Rewrite(splices, (), note, moved=moved, claim=claim, length=length)
+
+    def _rule(self, layer: Layer) -> Rule:
+        """Without data, budgets hold by expert choice only, which would look ahead if causal."""
+        causal = bool(layer.sites["layer"].extra) or any(
+            isinstance(r, Attention) and r.causal for r in layer.inside
+        )
+        alone = causal or bool(layer.samples) if self.router == "auto" else self.router != "top-k"
+        return "threshold" if alone else "top-k"
 
     def _router(self, layer: Layer) -> tuple[DepthRouter, Tensor | None]:
         """The block's router, and what skipping tokens get instead."""
@@ -84,7 +97,7 @@ class DepthMod(Pass[Layer]):
         from sparsify.runtime.depth import DepthRouter
 
         dtype = layer.gm.meta.get("dtype")
-        rule: Rule = "top-k" if self.router == "top-k" else "threshold"
+        rule = self._rule(layer)
         if not layer.samples:
             weight = plain_weight(layer.width, 1, layer.index).to(dtype)
             return DepthRouter(weight, rule=rule, quantiles=normal_quantiles()), None

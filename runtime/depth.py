@@ -1,8 +1,8 @@
-"""Depth: which tokens run which layers, and a layer that runs for those tokens only.
+"""Depth: which tokens run a layer, and a layer that runs for those tokens only.
 
-A :class:`DepthRouter` scores tokens and says who runs; a :class:`RoutedLayer` holds one block of the
-model as a graph, gathers the tokens that run it, and puts their results back into the stream. Rows
-of a batch with as many live tokens (and live cached ones) run together, others one after another.
+A :class:`DepthRouter` scores tokens and says who runs; a :class:`RoutedLayer` holds one block of
+the model as a graph, gathers the tokens that run it, and puts their results back into the stream.
+Rows of a batch with as many live (and live cached) tokens run together, others one by one.
 
 In a layer, only live tokens attend and are attended to ("recursion-wise caching", Bae et al.,
 arXiv:2507.10524; Mixture of Depths, Raposo et al., arXiv:2404.02258, does the same). The key/value
@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.cost import Cost
+from sparsify.runtime.dispatch import join_graph
 from sparsify.runtime.graph import assemble, attach, graph_from_json, graph_to_json
 from sparsify.runtime.router import as_parameter
 from sparsify.runtime.spec import RoutedModule, dtype_name, dtype_of, from_spec, is_routed, routed
@@ -28,22 +29,15 @@ from sparsify.runtime.spec import RoutedModule, dtype_name, dtype_of, from_spec,
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-GONE = -60.0  # the score of a token that left before: below any log energy
 EPS = 1e-6
 
 
 @routed
 class DepthRouter(Budgeted):
-    """Which tokens run a layer, or how many of the recursion steps: R scores per token.
-
-    A token is scored by its direction, ``x / rms(x)``. With R > 1 the scores are made to fall from
-    unit to unit (running minimum), so one threshold gives every token a depth and the steps nest.
+    """Which tokens run a layer: one score per token, of its direction ``x / rms(x)``.
 
     Args:
-        weight: (R, D); bias: (R,) or None.
-        step, steps: where the module routes step ``step`` of ``steps`` alone (0 = no steps): the
-            share of the tokens that it keeps falls linearly with the step, so that the mean over
-            the steps is the budget (the capacity factors of arXiv:2507.10524, section 2.2.1).
+        weight: (1, D); bias: (1,) or None.
         options: of :class:`Budgeted`. ``threshold`` judges every token alone: safe for causal
             models and for decoding. ``top-k`` is expert choice: the best tokens of each sequence,
             which looks at the whole sequence.
@@ -57,8 +51,6 @@ class DepthRouter(Budgeted):
         bias: Tensor | None = None,
         *,
         active: float = 1.0,
-        step: int = 0,
-        steps: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -66,19 +58,16 @@ class DepthRouter(Budgeted):
         self.weight = as_parameter(weight, train)
         zeros = weight.new_zeros(weight.shape[0])
         self.bias = as_parameter(zeros if bias is None else bias, train)
-        self.step, self.steps = step, steps
         self.set_active(active)
 
     @property
     def routed(self) -> int:
-        """R: units that are scored."""
-        return int(self.weight.shape[0])
+        """One: the layer."""
+        return 1
 
     def wanted(self, active: float) -> float:
-        """Routed units of a token, on average over tokens: any number from 0 to R."""
-        if self.steps:
-            return falling(active, self.steps)[self.step]
-        return min(max(active * self.units - self.shared, 0.0), float(self.routed))
+        """The share of tokens that run the layer: not rounded to all or none."""
+        return min(max(active, 0.0), 1.0)
 
     @property
     def budget(self) -> float:
@@ -89,82 +78,51 @@ class DepthRouter(Budgeted):
         super().set_active(active, warn=warn)
 
     def scores(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, T, R)."""
+        """x (B, T, D) -> (B, T, 1)."""
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
-        scores = nn.functional.linear(unit, self.weight.to(wide.dtype), self.bias.to(wide.dtype))
-        return scores if self.routed == 1 else scores.cummin(-1).values
+        return nn.functional.linear(unit, self.weight.to(wide.dtype), self.bias.to(wide.dtype))
 
     def live(self, scores: Tensor) -> Tensor:
-        """scores (B, T, R) -> bool (B, T, R)."""
-        if self.budget >= self.routed or self.rule != "top-k":
+        """scores (B, T, 1) -> bool (B, T, 1)."""
+        if self.budget >= 1 or self.rule != "top-k":
             return super().live(scores)
-        batch, tokens, units = scores.shape
-        kept = math.floor(self.budget / units * tokens * units + 0.5)
-        order = scores.reshape(batch, -1).sort(dim=-1, descending=True, stable=True).indices
-        live = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order[:, :kept], True)
-        return live.view(scores.shape)
+        kept = math.floor(self.budget * scores.shape[1] + 0.5)
+        order = scores.sort(dim=1, descending=True, stable=True).indices
+        return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :kept], True)
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> select (B, T, shared + R), 0 where dead, else one (straight-through).
-
-        Args:
-            before: (B, T, 1) the selection of the step before: who left stays away.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> select (B, T, 1), 0 where dead, else one (straight-through)."""
         follows = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if self.all_live and before is None and not follows:
-            return x.new_ones((*x.shape[:-1], self.units))
+        if self.all_live and not follows:
+            return x.new_ones((*x.shape[:-1], 1))
         scores = self.scores(x)
-        if before is not None:
-            scores = torch.where(before != 0, scores, GONE)
         live = self.live(scores)
-        if before is not None:
-            live = live & (before != 0)
-        weight = live.to(x.dtype)
         if scores.requires_grad:
             s = torch.sigmoid(scores)
-            weight = torch.where(live, 1 + (s - s.detach()), 0.0).to(x.dtype)
-        if self.shared:
-            ones = weight.new_ones((*weight.shape[:-1], self.shared))
-            weight = torch.cat([ones, weight], dim=-1)
-        return weight
+            return torch.where(live, 1 + (s - s.detach()), 0.0).to(x.dtype)
+        return live.to(x.dtype)
 
     def options(self) -> dict[str, Any]:
         return {
-            "routed": self.routed,
             "width": self.weight.shape[1],
             "dtype": dtype_name(self.weight.dtype),
-            "step": self.step,
-            "steps": self.steps,
             **self.budget_options(),
         }
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        weight = torch.empty(
-            options["routed"], options["width"], dtype=dtype_of(options["dtype"])
-        )
-        steps = {"step": options["step"], "steps": options["steps"]}
-        return cls(weight, **steps, **cls.budget_arguments(options)).restore(options)
+        weight = torch.empty(1, options["width"], dtype=dtype_of(options["dtype"]))
+        return cls(weight, **cls.budget_arguments(options)).restore(options)
 
     def cost(self, active: float | None = None, context: int = 0) -> Cost:
         if (self.active if active is None else active) >= 1:
             return Cost()
         weights = self.weight.numel()
-        return Cost(2 * weights, (weights + self.routed) * self.weight.element_size())
+        return Cost(2 * weights, (weights + 1) * self.weight.element_size())
 
     def extra_repr(self) -> str:
-        return f"{self.shared}+{self.routed} units, {self.rule}, active={self.active:g}"
-
-
-def falling(active: float, steps: int) -> list[float]:
-    """Shares of tokens per step, from 1 falling linearly (not below 0), with mean ``active``."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        slope = (low + high) / 2
-        mean = sum(max(1 - slope * step, 0.0) for step in range(steps)) / steps
-        low, high = (slope, high) if mean > active else (low, slope)
-    return [1.0] * steps if active >= 1 else [max(1 - high * step, 0.0) for step in range(steps)]
+        return f"{self.rule}, active={self.active:g}"
 
 
 @routed
@@ -243,7 +201,10 @@ class RoutedLayer(RoutedModule):
         y = x if self.dropped is None else x + self.dropped * (~live)[..., None]
         grown = [self._room(inputs[at], dim, tokens) for at, dim in self.slots]
         for rows, new, old in self._groups(live, cached):
-            taken = [self._take(v, a, rows, new, old, past) for v, a in zip(inputs, self.axes, strict=True)]
+            taken = [
+                self._take(v, a, rows, new, old, past)
+                for v, a in zip(inputs, self.axes, strict=True)
+            ]
             self.counter.rows += new.numel()
             out, *entries = self.body(len(rows), new.shape[1], old.shape[1], *taken)
             if weight.requires_grad:
@@ -255,6 +216,7 @@ class RoutedLayer(RoutedModule):
                 room = grown[number].movedim(dim, 1)
                 room = room.index_put((rows[:, None], past + new), made.to(room.dtype))
                 grown[number] = room.movedim(1, dim)
+        y = join_graph(y, select)
         return (y, *grown) if self.slots else y
 
     def _cached(self, inputs: Sequence[Tensor], batch: int, past: int) -> Tensor:
@@ -345,9 +307,7 @@ class RoutedLayer(RoutedModule):
             axes=options["axes"],
             slots=options["slots"],
             unit=options["unit"],
-            dropped=None
-            if width is None
-            else torch.empty(width, dtype=dtype_of(options["dtype"])),
+            dropped=None if width is None else torch.empty(width, dtype=dtype_of(options["dtype"])),
             flops=options["flops"],
             weight_bytes=options["weight_bytes"],
             attention=tuple(options["attention"]),

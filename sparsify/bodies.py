@@ -59,9 +59,9 @@ def take_body(layer: Layer) -> Body:
     inputs = [x]
     for node in nodes:
         for source in node.all_input_nodes:
-            if (source not in inside or source.op == "get_attr") and source not in inputs:
-                if not _is_int(source):
-                    inputs.append(source)
+            outside = source not in inside or source.op == "get_attr"
+            if outside and source not in inputs and not _is_int(source):
+                inputs.append(source)
     axes = [sizes.axes(node) for node in inputs]
     graph = fx.Graph()
     made = {name: graph.placeholder(name) for name in ("rows", "tokens", "past")}
@@ -92,15 +92,16 @@ def take_body(layer: Layer) -> Body:
             weight_bytes += extra[1]
         values[node] = copy
     graph.output(tuple(values[n] for n in (y, *leaves)))
-    slots = [(inputs.index(leaf.args[0][0]), _axis(leaf)) for leaf in leaves]  # type: ignore
+    grown: list[Any] = [leaf.args[0] for leaf in leaves]
+    slots = [
+        (inputs.index(parts[0]), _axis(leaf)) for parts, leaf in zip(grown, leaves, strict=True)
+    ]
     if any(axes[at][dim] != "s" for at, dim in slots):
         raise Refused("the cached tokens' dimension is not known")
     for site in layer.sites.values():
         site.nodes = tuple(nodes)
         site.extra = leaves
-    return Body(
-        graph, inner, inputs, axes, slots, flops, weight_bytes, _attention(layer), moved
-    )
+    return Body(graph, inner, inputs, axes, slots, flops, weight_bytes, _attention(layer), moved)
 
 
 def _attention(layer: Layer) -> tuple[float, float]:
@@ -240,4 +241,3 @@ def _resize(copy: fx.Node, node: fx.Node, sizes: _Sizes, made: dict[str, fx.Node
     if isinstance(sizes.known["rows"], int) and wanted[:1] == [sizes.plain["rows"]]:
         wanted[0] = made["rows"]
     copy.args = (copy.args[0], wanted, *copy.args[2:])
-

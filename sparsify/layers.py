@@ -1,4 +1,4 @@
-"""Layers and stacks: blocks as slices of the graph, from one value of the residual stream to the next.
+"""Layers and stacks: blocks as slices of the graph between two values of the residual stream.
 
 A cut is a value through which everything that an earlier block computed reaches the later ones
 (its own results beside the stream, such as the key/value cache, go to the outputs only). Cuts are
@@ -8,7 +8,9 @@ look alike. Blocks of a run must have equal labelled graphs between their cuts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -34,7 +36,7 @@ def find_stacks(
             stacks.append(_stack(gm, path, start, run, groups))
         except NoStack as reason:
             where = groups[0][0].where
-            misses.append(NearMiss("Stack", path, "stream", str(reason), where))
+            misses.append(NearMiss("Layer", path, "stream", str(reason), where))
         start += len(run)
     return stacks, misses
 
@@ -56,7 +58,7 @@ def _stack(
     cuts: list[fx.Node] = []
     for group in groups:
         cuts.append(_cut_before(group[0].ports["x"], shape, cuts[-1] if cuts else None))
-    prints = [fingerprint(between(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    prints = [fingerprint(between(a, b)) for a, b in itertools.pairwise(cuts)]
     cuts.append(_last_cut(cuts, groups[-1][-1].ports["y"], shape, prints[0]))
     if any(found != prints[0] for found in prints):
         raise NoStack("the blocks between the values of the stream differ")
@@ -102,9 +104,9 @@ def slots_of(inside: Iterable[fx.Node], y: fx.Node) -> tuple[fx.Node, ...]:
         users = [u for u in node.users if u not in body]
         if node.op == "get_attr" or not users:
             continue
-        parts = node.args[0] if op_base(node) == "cat" else None
+        parts: Any = node.args[0] if op_base(node) == "cat" else None
         grows = isinstance(parts, list | tuple) and len(parts) == 2
-        if not grows or parts[0] in body or parts[1] not in body:  # type: ignore[index]
+        if not grows or parts[0] in body or parts[1] not in body:
             raise NoStack(f"{node.name} leaves the block beside the stream and is no cache entry")
         if any(int(u.meta.get("order", 0)) < int(y.meta.get("order", 0)) for u in users):
             raise NoStack(f"the cache entry {node.name} is read before the block ends")
@@ -132,9 +134,7 @@ def _cut_before(x: fx.Node, shape: tuple[int, ...], before: fx.Node | None) -> f
     raise NoStack(f"no single value carries the stream to {x.name}")
 
 
-def _last_cut(
-    cuts: Sequence[fx.Node], y: fx.Node, shape: tuple[int, ...], wanted: str
-) -> fx.Node:
+def _last_cut(cuts: Sequence[fx.Node], y: fx.Node, shape: tuple[int, ...], wanted: str) -> fx.Node:
     """Where the last block ends: as far after its last region as the others do."""
     after = below(y)
     if len(cuts) < 2:

@@ -120,7 +120,7 @@ def run_stage(
                 state.moved[was] = next(
                     (now.replace(a, b, 1) for a, b in names.items() if now.startswith(f"{a}.")), now
                 )
-            done.append((region, work.claim, outcome.length or region.length))
+            done.append((region, outcome.claim or work.claim, outcome.length or region.length))
             moved.extend(renamed(outcome.weights, names))
             remarks.append(
                 Remark(

@@ -75,6 +75,8 @@ def splice(
         for site in other.sites.values():
             site.result = replaced.get(site.result, site.result)
     erase_dead(gm, private)
+    for was in rewrite.moved:  # they lie in the new module now
+        gm.delete_submodule(was)
     region.rewritten_by = pass_name
     kept = set(gm.graph.nodes) - set(replaced)
     gone = {node for nodes in overlapping.values() for node in nodes if node not in kept}
@@ -102,9 +104,11 @@ def _take_apart(
         place.meta["sparsify"] = node.meta["sparsify"]
         source = node if index == 0 else was  # the first was replaced by the module already
         new = place
-        source.replace_all_uses_with(
-            new, delete_user_cb=lambda user, n=node: user.target is not operator.getitem or user.args[0] is not n
-        )
+
+        def reads(user: fx.Node) -> bool:
+            return not (user.target is operator.getitem and user.args[0] is node)
+
+        source.replace_all_uses_with(new, delete_user_cb=reads)
         made[was] = new
     return made
 
