@@ -5,9 +5,9 @@ and a budget (its capacity); tokens above it go through the block, the others pa
 only tokens that are in it attend and are attended to. The router is fitted to predict how much the
 block changes a token (log of the squared change over the squared stream); where calibration data
 were given, budgets go to the blocks that change the stream most. Where causal or calibrated, a
-token is judged alone by a threshold, which is the same while decoding (the paper trains a predictor for
-that); ``router=top-k`` is the paper's expert choice over the tokens of each sequence. Without data
-the threshold is a standard normal's, and budgets hold roughly only.
+token is judged alone by a threshold, which is the same while decoding (the paper trains a predictor
+for that); ``router=top-k`` is the paper's expert choice over the tokens of each sequence. Without
+data the threshold is a standard normal's, and budgets hold roughly only.
 
 The key/value cache keeps a slot per token in every layer; a token that skipped a layer has zeros
 there and is left out by later tokens.
