@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sparsify.core import Pass, Refused, Rewrite, Splice, option
 from sparsify.regions import Attention
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True)
 class AttnMoa(Pass[Attention]):
     """Attention -> attention within a span per head."""
+
+    moves_weights: ClassVar[bool] = False
 
     active: float = option(1.0, "fraction of the keys that a head sees, on average", gt=0, le=1)
     alpha: int = option(4, "keys that every head sees at least, its own included", ge=1)

@@ -109,6 +109,8 @@ def retarget(
             changed = True
     wide = dtype == torch.float64 and captured != torch.float64
     for part in module.modules():
+        for graph in getattr(part, "graphs", ()):  # of routed modules that hold one
+            retarget(graph, dtype=dtype, device=device)
         for name, value in vars(part).items():
             if isinstance(value, Program) and dtype is not None and value.wide != wide:
                 setattr(part, name, dataclasses.replace(value, wide=wide))

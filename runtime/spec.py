@@ -104,6 +104,8 @@ _OURS: dict[str, str] = {
     "HiddenFFN": "sparsify.runtime.hidden",
     "HiddenColumns": "sparsify.runtime.hidden",
     "SpanAttend": "sparsify.runtime.spans",
+    "DepthRouter": "sparsify.runtime.depth",
+    "RoutedLayer": "sparsify.runtime.depth",
 }
 
 

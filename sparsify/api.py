@@ -46,6 +46,7 @@ from sparsify.probe import annotate
 from sparsify.regions import Matches, Region
 from sparsify.report import Report, Step
 from sparsify.reproducer import reproduce
+from sparsify.rewrite import renamed
 from sparsify.runtime.dial import set_active
 from sparsify.runtime.graph import clone
 from sparsify.runtime.model import SparseModel
@@ -138,11 +139,17 @@ def compile(  # noqa: A001  (the verb of the product)
     named, tokens, sample = _calibrate(loaded, captured, stages, state, calibration, seed, progress)
     if calibration is not None:
         seconds["calibrate"] = time.perf_counter() - start
-    steps = []
+    steps: list[Step] = []
     for stage in stages:
         step = run_stage(
             state, stage, verify=verify, context=context, progress=progress, reproducer=reproducer
         )
+        if state.moved:  # this pass took modules of earlier ones along
+            steps = [
+                dataclasses.replace(s, weights=tuple(renamed(s.weights, state.moved)))
+                for s in steps
+            ]
+            state.moved.clear()
         steps.append(step)
         seconds[step.pass_name] = seconds.get(step.pass_name, 0.0) + step.seconds
         if on_step is not None:

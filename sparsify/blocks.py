@@ -72,13 +72,13 @@ def _isomorphic(
     prints: list[str] = []
     before: set[fx.Node] = set()
     for group in groups:
-        end = _above(_ends(group[-1]))
+        end = above(_ends(group[-1]))
         # below the first region's input: what is computed once for all blocks (masks, rotations)
         # belongs to none of them
         first = group[0].ports["x"]
-        inside = (end - before) & (_below(first) - {first})
+        inside = (end - before) & (below(first) - {first})
         inside |= {a for n in inside for a in n.all_input_nodes if a.op == "get_attr"}
-        prints.append(_fingerprint(inside))
+        prints.append(fingerprint(inside))
         before |= end
     total = 1
     while total < len(prints) and prints[total] == prints[0]:
@@ -91,7 +91,8 @@ def _isomorphic(
     ]
 
 
-def _below(node: fx.Node) -> set[fx.Node]:
+def below(node: fx.Node) -> set[fx.Node]:
+    """``node`` and all that is computed from it."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
@@ -102,7 +103,8 @@ def _below(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _above(node: fx.Node) -> set[fx.Node]:
+def above(node: fx.Node) -> set[fx.Node]:
+    """``node`` and all that it is computed from."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
@@ -113,7 +115,8 @@ def _above(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _fingerprint(nodes: set[fx.Node]) -> str:
+def fingerprint(nodes: set[fx.Node]) -> str:
+    """Equal for isomorphic labelled graphs."""
     graph = nx.DiGraph()
     for node in nodes:
         name = op_base(node) if node.op == "call_function" else ""

@@ -164,6 +164,10 @@ class Rewrite:
     splices: tuple[Splice, ...]
     weights: tuple[Moved, ...] = ()
     note: str = ""
+    moved: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # modules: path before -> now
+    claim: Claim | None = None  # where modules taken along allow less than the pass claims
     length: int = 0  # roundings on the longest path, for the REORDERED tolerance; 0 = the region's
 
 
@@ -260,6 +264,7 @@ class Pass(Generic[R]):
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     region_type: ClassVar[type[Any]]
+    moves_weights: ClassVar[bool] = True  # False: it routes, and leaves every weight where it is
     claim: ClassVar[Claim] = REORDERED
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -55,8 +55,10 @@ def facts(gm: fx.GraphModule, regions: Sequence[Region], *, context: int = CONTE
             module = gm.get_submodule(str(node.target))
             if isinstance(module, RoutedModule):
                 add(type(module).__name__, module.cost(_active(gm, node), context))
+    nodes = set(gm.graph.nodes)
     for region in regions:
-        if isinstance(region, Attention) and region.rewritten_by is None:
+        here = region.ports["y"] in nodes  # else it lies inside a routed layer, which counts it
+        if isinstance(region, Attention) and region.rewritten_by is None and here:
             add("attention scores", _dense_attention(region, context))
     total = sum(parts.values(), Cost())
     return ModelFacts(

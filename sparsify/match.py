@@ -12,6 +12,7 @@ from torch import fx
 
 from sparsify.blocks import find_blocks
 from sparsify.condition import condition_of
+from sparsify.layers import find_stacks
 from sparsify.linears import find_linears
 from sparsify.match_attention import match_attention
 from sparsify.match_ffn import match_feed_forward
@@ -53,8 +54,10 @@ def find(gm: fx.GraphModule, example: tuple[Any, ...]) -> Matches:
     given = token_inputs(gm)
     for region in matches.all_regions:
         region.ports |= modality_ports(region.ports["x"], *given)
-    _number(matches.all_regions)
     matches.blocks = find_blocks(regions)
+    matches.stacks, beside = find_stacks(gm, matches.blocks, regions)
+    misses += beside
+    _number(matches.all_regions)
     for region in regions:
         for part in region.parts:
             part.parent, part.block = region.path, region.block

@@ -58,6 +58,7 @@ class State:
     claims: list[tuple[Claim, int]] = dataclasses.field(default_factory=list)
     stages: list[Stage] = dataclasses.field(default_factory=list)
     made: list[tuple[nn.Module, Pass[Any]]] = dataclasses.field(default_factory=list)
+    moved: dict[str, str] = dataclasses.field(default_factory=dict)  # routed modules: was -> is
     only: Callable[[Region], bool] | None = None  # bisect narrows the regions with this
 
 
@@ -115,7 +116,11 @@ def run_stage(
         else:
             names = splice(state.gm, region, outcome, work.name, everything)
             state.made += [(part.module, work) for part in outcome.splices]
-            done.append((region, work.claim, outcome.length or region.length))
+            for was, now in outcome.moved.items():
+                state.moved[was] = next(
+                    (now.replace(a, b, 1) for a, b in names.items() if now.startswith(f"{a}.")), now
+                )
+            done.append((region, outcome.claim or work.claim, outcome.length or region.length))
             moved.extend(renamed(outcome.weights, names))
             remarks.append(
                 Remark(

@@ -97,10 +97,14 @@ class Region:
 
 @dataclasses.dataclass
 class Site:
-    """A replaceable computation: ``nodes`` compute ``result``; all but the result are private."""
+    """A replaceable computation: ``nodes`` compute ``result``; all but the result are private.
+
+    ``extra``: further results that are read outside; a module at this site returns a tuple then.
+    """
 
     result: fx.Node
     nodes: tuple[fx.Node, ...] = ()
+    extra: tuple[fx.Node, ...] = ()
 
 
 @dataclasses.dataclass
@@ -233,6 +237,44 @@ class Attention(Region):
         }
 
 
+@dataclasses.dataclass
+class Layer(Region):
+    """One of a run of isomorphic blocks: a slice of the graph with one stream in and one out.
+
+    Ports: ``x`` (B, T, D) the stream before it, ``y`` (B, T, D) after it. Sites: ``layer``, whose
+    nodes are known once :func:`sparsify.bodies.take_body` took them out. ``inside``: the attention
+    and feed-forward regions in it. ``gm``: the graph it lies in.
+    """
+
+    kind: ClassVar[str] = "Layer"
+    gm: fx.GraphModule = dataclasses.field(kw_only=True, repr=False)
+    inside: tuple[Region, ...] = dataclasses.field(kw_only=True, default=(), repr=False)
+    width: int = dataclasses.field(kw_only=True, default=0)
+
+    def facts(self) -> dict[str, Any]:
+        return {"width": self.width, "regions": len(self.inside)}
+
+
+@dataclasses.dataclass
+class Stack(Region):
+    """A run of isomorphic blocks, each one's stream out being the next one's stream in.
+
+    Ports: ``x`` the stream before the first block, ``y`` after the last, ``x.1`` ... before the
+    other blocks. Sites: ``layer.0``, ... one per block (see :class:`Layer`).
+    """
+
+    kind: ClassVar[str] = "Stack"
+    layers: tuple[Layer, ...] = dataclasses.field(kw_only=True, repr=False)
+
+    @property
+    def width(self) -> int:
+        """D: features of the stream."""
+        return self.layers[0].width
+
+    def facts(self) -> dict[str, Any]:
+        return {"layers": len(self.layers), **self.layers[0].facts()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """One of a run of isomorphic blocks: the regions it holds, and its place in the run."""
@@ -261,16 +303,20 @@ class Matches:
 
     Attributes:
         regions: attention and feed-forward layers.
+        stacks: runs of repeated blocks with one stream through them.
     """
 
     regions: list[Region]
     near_misses: list[NearMiss]
     blocks: list[Block]
+    stacks: list[Stack] = dataclasses.field(default_factory=list)
 
     @property
     def all_regions(self) -> list[Region]:
-        """The regions and the parts inside them."""
-        return [*self.regions, *(part for region in self.regions for part in region.parts)]
+        """The regions, the parts inside them, and the stacks and layers that hold them."""
+        parts = (part for region in self.regions for part in region.parts)
+        layers = (layer for stack in self.stacks for layer in stack.layers)
+        return [*self.regions, *parts, *layers, *self.stacks]
 
     def of(self, kind: type[Any]) -> list[Region]:
         """All regions of one type."""

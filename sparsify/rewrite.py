@@ -65,6 +65,10 @@ def splice(
         if old is not None:
             old.replace_all_uses_with(node, delete_user_cb=functools.partial(operator.is_not, node))
             replaced[old] = node
+            extra = region.sites[str(part.site)].extra
+            if extra:  # the module returns a tuple
+                replaced |= _take_apart(gm, node, (old, *extra))
+                node = replaced[old]
         else:
             node.meta.pop("shape", None)
             if part.inputs == ("x",):
@@ -80,18 +84,42 @@ def splice(
         for site in other.sites.values():
             site.result = replaced.get(site.result, site.result)
     erase_dead(gm, private)
+    for was in rewrite.moved:  # they lie in the new module now
+        gm.delete_submodule(was)
     region.rewritten_by = pass_name
     kept = set(gm.graph.nodes) - set(replaced)
     gone = {node for nodes in overlapping.values() for node in nodes if node not in kept}
     for other in regions:
         if other is region or other.blocked is not None or not gone & overlapping[id(other)]:
             continue
-        inside = any(other is part for part in region.parts)
+        inside = overlapping[id(other)] <= overlapping[id(region)]
         how = "it lies inside" if inside else "a part of it is"
         other.blocked = f"{how} {region.path}, which {pass_name} rewrote"
     for order, node in enumerate(gm.graph.nodes):
         node.meta["order"] = order
     return names
+
+
+def _take_apart(
+    gm: fx.GraphModule, node: fx.Node, old: tuple[fx.Node, ...]
+) -> dict[fx.Node, fx.Node]:
+    """One node per result of a module that returns a tuple, in place of the old results."""
+    made: dict[fx.Node, fx.Node] = {}
+    place = node
+    for index, was in enumerate(old):
+        with gm.graph.inserting_after(place):
+            place = gm.graph.call_function(operator.getitem, (node, index))
+        place.meta.update({k: v for k, v in was.meta.items() if k not in ("keep", "from_node")})
+        place.meta["sparsify"] = node.meta["sparsify"]
+        source = node if index == 0 else was  # the first was replaced by the module already
+        new = place
+
+        def reads(user: fx.Node) -> bool:
+            return not (user.target is operator.getitem and user.args[0] is node)
+
+        source.replace_all_uses_with(new, delete_user_cb=reads)
+        made[was] = new
+    return made
 
 
 def _sites(regions: Iterable[Region]) -> dict[int, set[fx.Node]]:

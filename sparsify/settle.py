@@ -52,7 +52,8 @@ def settle(
     nodes = [
         node
         for node in gm.graph.nodes
-        if node.op == "call_module" and id(gm.get_submodule(str(node.target))) in ours
+        if node.op == "call_module"
+        and any(id(m) in ours for m in gm.get_submodule(str(node.target)).modules())
     ]
     if not nodes or not routers(gm):
         return

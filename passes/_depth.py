@@ -1,0 +1,81 @@
+"""What depth passes share: a layer as a module, and routers that know which tokens need it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.core import Refused, Splice
+from sparsify.regions import Layer, Region
+from sparsify.runtime.depth import EPS, RoutedLayer
+
+TOKENS = 4096  # calibration tokens kept per layer
+
+
+def check_layer(layer: Layer) -> None:
+    """Raise Refused where another depth pass has the layer, or its body cannot be taken out."""
+    from sparsify.bodies import take_body
+
+    if layer.rewritten_by is not None:
+        raise Refused(f"{layer.rewritten_by} routes {layer.path} already")
+    take_body(layer)
+
+
+def routed_layer(
+    region: Region, layer: Layer, site: str, router: str, unit: int, dropped: Tensor | None
+) -> tuple[Splice, dict[str, str]]:
+    """The splice of one layer, and where the routed modules inside it go (old path -> new)."""
+    from sparsify.bodies import take_body
+
+    body = take_body(layer)
+    region.sites[site].nodes = layer.sites["layer"].nodes
+    region.sites[site].extra = layer.sites["layer"].extra
+    name = "layer" if region is layer else f"layer_{layer.index - _first(region)}"
+    module = RoutedLayer(
+        body.graph,
+        body.inner,
+        axes=body.axes,
+        slots=body.slots,
+        unit=unit,
+        dropped=dropped,
+        flops=body.flops,
+        weight_bytes=body.weight_bytes,
+        attention=body.attention,
+        dtype=layer.gm.meta.get("dtype"),
+    )
+    ports = []
+    for number, node in enumerate(body.inputs):
+        port = f"{site}.in.{number}"
+        region.ports[port] = node
+        ports.append(port)
+    base = region.path.split("#")[0]
+    moved = {was: f"{base}.{name}.inner.{now}" for was, now in body.moved.items()}
+    return Splice(name, module, (router, *ports), site), moved
+
+
+def _first(region: Any) -> int:
+    return int(region.layers[0].index)
+
+
+def updates(samples: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """From ports x and y: unit directions (T, D), squared norms of the relative change, change."""
+    x, y = samples["x"].float(), samples["y"].float()
+    change = y - x
+    energy = change.square().sum(-1, keepdim=True) / y.square().sum(-1, keepdim=True).clamp_min(EPS)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), energy, change
+
+
+def plain_weight(width: int, units: int, seed: int) -> Tensor:
+    """(R, D) without data: fixed directions in which a token's score is about normal(0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(units, width, generator=generator) / math.sqrt(width)
+
+
+def normal_quantiles(points: int = 257) -> Tensor:
+    """(points,) quantiles of a standard normal, the ends at half a step."""
+    at = torch.linspace(0, 1, points, dtype=torch.float64).clamp(0.5 / points, 1 - 0.5 / points)
+    quantiles: Tensor = torch.special.ndtri(at)
+    return quantiles.float()

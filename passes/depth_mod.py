@@ -1,0 +1,110 @@
+"""depth-mod: route tokens around blocks: a token that skips a block keeps its stream as it is.
+
+Mixture of Depths (Raposo et al., arXiv:2404.02258): every block has a router that reads the stream
+and a budget (its capacity); tokens above it go through the block, the others past it. In the block,
+only tokens that are in it attend and are attended to. The router is fitted to predict how much the
+block changes a token (log of the squared change over the squared stream); where calibration data
+were given, budgets go to the blocks that change the stream most. Where causal or calibrated, a
+token is judged alone by a threshold, which is the same while decoding (the paper trains a predictor
+for that); ``router=top-k`` is the paper's expert choice over the tokens of each sequence. Without
+data the threshold is a standard normal's, and budgets hold roughly only.
+
+The key/value cache keeps a slot per token in every layer; a token that skipped a layer has zeros
+there and is left out by later tokens.
+
+All tokens live, the block is computed as the model wrote it: EXACT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from sparsify.core import EXACT, REORDERED, Claim, Pass, Refused, Rewrite, Splice, option
+from sparsify.regions import Attention, Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sparsify.runtime.budget import Rule
+    from sparsify.runtime.depth import DepthRouter
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthMod(Pass[Layer]):
+    """Block -> block that only some tokens run."""
+
+    claim: ClassVar[Claim] = EXACT
+    moves_weights: ClassVar[bool] = False
+
+    active: float = option(1.0, "fraction of (token, block) pairs that are computed", gt=0, le=1)
+    first: int = option(0, "blocks at the start that every token runs", ge=0)
+    last: int = option(0, "blocks at the end that every token runs", ge=0)
+    router: str = option(
+        "auto",
+        "threshold = each token judged alone; top-k = the best tokens of each sequence; "
+        "auto = threshold if causal or calibrated, else top-k",
+        among=("auto", "threshold", "top-k"),
+    )
+    compensate: bool = option(True, "add the mean change of the easier half of tokens when skipped")
+
+    def check(self, layer: Layer) -> None:
+        from sparsify.passes._depth import check_layer
+
+        if layer.index < self.first or layer.index >= layer.count - self.last:
+            raise Refused(f"every token runs the first {self.first} and last {self.last} blocks")
+        check_layer(layer)
+
+    def taps(self, region: Layer) -> Mapping[str, int]:
+        from sparsify.passes._depth import TOKENS
+
+        return {"x": TOKENS, "y": TOKENS}
+
+    def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> Tensor | None:
+        from sparsify.runtime.depth import DepthRouter
+
+        if isinstance(module, DepthRouter):
+            module.settle(module.scores(inputs[0]), alone=alone)
+        return None
+
+    def rewrite(self, layer: Layer) -> Rewrite:
+        from sparsify.passes._depth import routed_layer
+
+        router, dropped = self._router(layer)
+        splice, moved = routed_layer(layer, layer, "layer", "router", 0, dropped)
+        fitted = "calibrated" if layer.samples else "from weights"
+        note = f"{router.rule} router ({fitted})"
+        if splice.module.slots:
+            note += ", cache slots of skipping tokens are empty"
+        claim = REORDERED if moved else None  # routed modules inside sum in another order
+        length = sum(region.length for region in layer.inside)
+        splices = (Splice("router", router, ("x",)), splice)
+        return Rewrite(splices, (), note, moved=moved, claim=claim, length=length)
+
+    def _rule(self, layer: Layer) -> Rule:
+        """Without data, budgets hold by expert choice only, which would look ahead if causal."""
+        causal = bool(layer.sites["layer"].extra) or any(
+            isinstance(r, Attention) and r.causal for r in layer.inside
+        )
+        alone = causal or bool(layer.samples) if self.router == "auto" else self.router != "top-k"
+        return "threshold" if alone else "top-k"
+
+    def _router(self, layer: Layer) -> tuple[DepthRouter, Tensor | None]:
+        """The block's router, and what skipping tokens get instead."""
+        from sparsify.passes._depth import normal_quantiles, plain_weight, updates
+        from sparsify.passes._ridge import fit_router
+        from sparsify.runtime.depth import DepthRouter
+
+        dtype = layer.gm.meta.get("dtype")
+        rule = self._rule(layer)
+        if not layer.samples:
+            weight = plain_weight(layer.width, 1, layer.index).to(dtype)
+            return DepthRouter(weight, rule=rule, quantiles=normal_quantiles()), None
+        unit, energy, change = updates(layer.samples)
+        weight, bias = fit_router(unit, energy)
+        router = DepthRouter(weight.to(dtype), bias.to(dtype), rule=rule)
+        x = layer.samples["x"].to(dtype)
+        router.calibrate(x, energy)
+        easier = router.scores(x)[:, 0].argsort()[: len(x) // 2]
+        return router, change[easier].mean(0).to(dtype) if self.compensate else None
