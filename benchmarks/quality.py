@@ -45,9 +45,9 @@ def main() -> None:
                 f"\ncalibrated on {fitted}, measured on {text}\n{found.text(width=120)}", flush=True
             )
             tables.append({"calibrated": fitted, "measured": text, **found.quality.to_dict()})
-    given.output.parent.mkdir(exist_ok=True)
-    report = {"model": "smollm2", "pipeline": given.pipeline, "machine": api.machine()}
-    given.output.write_text(json.dumps({**report, "tables": tables}, indent=1) + "\n")
+            report = {"model": "smollm2", "pipeline": given.pipeline, "machine": api.machine()}
+            given.output.parent.mkdir(exist_ok=True)
+            given.output.write_text(json.dumps({**report, "tables": tables}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

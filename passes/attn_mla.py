@@ -117,7 +117,7 @@ class AttnMla(Pass[Attention]):
                 for role, (a, b) in pieces.items()
             ]
         length = weights.shape[1] + len(down)
-        return Rewrite(tuple(splices), moved(attention, parts), note, length)
+        return Rewrite(tuple(splices), moved(attention, parts), note, length=length)
 
 
 def factors(

@@ -112,7 +112,9 @@ class FfnMohd(Pass[FeedForward]):
             f"{router.rule} router ({fitted})"
         )
         length = ffn.length + (units if self.fusion else 0)
-        return Rewrite((Splice("mohd", module, ("x",), "ffn"),), packed_hidden(ffn), note, length)
+        return Rewrite(
+            (Splice("mohd", module, ("x",), "ffn"),), packed_hidden(ffn), note, length=length
+        )
 
     def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> Tensor | None:
         from sparsify.runtime.hidden import HiddenFFN

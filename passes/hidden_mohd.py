@@ -113,7 +113,10 @@ class HiddenMohd(Pass[Projection]):
         how = "columns by sub-dimension, transposed"
         length = projection.length + (groups if packed.mixing is not None else 0)
         return Rewrite(
-            tuple(splices), packed_projection(projection, "mohd", "blocks", how), note, length
+            tuple(splices),
+            packed_projection(projection, "mohd", "blocks", how),
+            note,
+            length=length,
         )
 
     def _sharing(self, projection: Projection, units: int, shared: int) -> HiddenRouter | None:

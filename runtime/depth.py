@@ -83,7 +83,7 @@ class DepthRouter(Budgeted):
         unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
         return nn.functional.linear(unit, self.weight.to(wide.dtype), self.bias.to(wide.dtype))
 
-    def live(self, scores: Tensor) -> Tensor:
+    def live(self, scores: Tensor, extra: Tensor | None = None) -> Tensor:
         """scores (B, T, 1) -> bool (B, T, 1)."""
         if self.budget >= 1 or self.rule != "top-k":
             return super().live(scores)
