@@ -65,7 +65,7 @@ def splice(
         if old is not None:
             old.replace_all_uses_with(node, delete_user_cb=functools.partial(operator.is_not, node))
             replaced[old] = node
-            extra = region.sites[str(part.site)].extra
+            extra = sites[str(part.site)].extra
             if extra:  # the module returns a tuple
                 replaced |= _take_apart(gm, node, (old, *extra))
                 node = replaced[old]
