@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsify.core import Refused
 from sparsify.regions import FeedForward
 
 KMEANS_TOKENS = 2048  # more tokens did not change the clusters' quality, and time grows with them
@@ -28,6 +29,25 @@ def default_experts(neurons: int, most: int) -> int:
     """The largest count up to ``most`` that divides the neurons into blocks of at least eight."""
     fitting = [n for n in range(2, most + 1) if neurons % n == 0 and neurons // n >= 8]
     return max(fitting, default=1)
+
+
+def check_experts(hidden: int, experts: int, shared: int) -> None:
+    """Refused where ``hidden`` neurons do not make ``experts``, ``shared`` of them shared."""
+    if experts < 2:
+        raise Refused(f"{hidden} hidden neurons are too few or do not divide into experts")
+    if hidden % experts:
+        near = divisors_near(hidden, experts)
+        raise Refused(
+            f"{hidden} hidden neurons do not divide into {experts} experts",
+            suggestion=f"experts={near[0]} ({hidden} = {near[0]} x {hidden // near[0]})"
+            if near
+            else None,
+        )
+    if shared >= experts:
+        raise Refused(
+            f"{shared} shared of {experts} experts leave none to route",
+            suggestion=f"shared={experts // 4}",
+        )
 
 
 def divisors_near(neurons: int, experts: int) -> list[int]:

@@ -34,8 +34,17 @@ def default_subdims(width: int) -> int:
     return max(fitting, default=1)
 
 
-def check_subdims(width: int, units: int, shared: int) -> None:
-    """Refused where ``width`` features do not make ``units`` sub-dimensions, ``shared`` shared."""
+def sizes(width: int, subdims: int, shared: int) -> tuple[int, int]:
+    """(sub-dimensions, shared ones); ``subdims`` 0 and ``shared`` -1 are the defaults."""
+    units = subdims or default_subdims(width)
+    return units, units // 4 if shared < 0 else shared
+
+
+def check_subdims(width: int, units: int, shared: int, router: str, *, calibrated: bool) -> None:
+    """Refused where ``width`` features do not make ``units`` sub-dimensions, ``shared`` shared.
+
+    Or where the router needs data that is not there.
+    """
     if units < 2:
         raise Refused(f"{width} features are too few or do not divide into sub-dimensions")
     if width % units:
@@ -50,6 +59,11 @@ def check_subdims(width: int, units: int, shared: int) -> None:
         raise Refused(
             f"{shared} shared of {units} sub-dimensions leave none to route",
             suggestion=f"shared={units // 4}",
+        )
+    if router in ("threshold", "static") and not calibrated:
+        raise Refused(
+            f"{router} routing needs calibration data",
+            suggestion="give calibration=..., or router=top-k",
         )
 
 

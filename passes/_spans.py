@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparsify.runtime.budget import ERROR_POINTS
+from sparsify.runtime.budget import error_table
 from sparsify.runtime.spans import SpanAttend
 
 ROWS = 8  # sequences that are measured
@@ -17,10 +17,8 @@ def fit(module: SpanAttend, q: Tensor, k: Tensor, v: Tensor, *operands: Tensor) 
     """Order the units of ``module`` by the attention mass that they keep; fill the error table."""
     kept = mass(module, q[:ROWS], k[:ROWS], *[o[:ROWS] if o.dim() == 4 else o for o in operands])
     order, gains = ranked(kept)
-    lost = torch.cat([gains.new_zeros(1), gains.flip(0).cumsum(0)])
-    dead = torch.linspace(0, len(gains), ERROR_POINTS, dtype=torch.float64).long()
     module.order = order.to(module.order.device)
-    module.budget.errors = lost[dead].float().to(module.order.device)
+    module.budget.errors = error_table(gains.flip(0)).to(module.order.device)
 
 
 def mass(module: SpanAttend, q: Tensor, k: Tensor, *operands: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def factors(
     """
     import torch
 
-    from sparsify.runtime.budget import ERROR_POINTS
+    from sparsify.runtime.budget import error_table
 
     weight = rows.double()
     width = weight.shape[1]
@@ -148,9 +148,8 @@ def factors(
     errors = None
     energy = attention.samples.get("stream.energy")
     if root is not None and energy is not None:
-        lost = torch.cat([values.new_zeros(1), values[:size].square().flip(0).cumsum(0)])
-        dead = torch.linspace(0, size, ERROR_POINTS, dtype=torch.float64).long()
-        errors = (lost[dead] / energy.double().mean().clamp_min(1e-30)).float()
+        stream = float(energy.double().mean().clamp_min(1e-30))
+        errors = error_table(values[:size].square().flip(0), 1 / stream)
     return up, up.T @ weight, errors
 
 

@@ -45,7 +45,7 @@ class FfnMode(Pass[FeedForward]):
         return self.experts or default_experts(ffn.hidden, MOST)
 
     def check(self, ffn: FeedForward) -> None:
-        from sparsify.passes._experts import divisors_near
+        from sparsify.passes._experts import check_experts
 
         if "condition" not in ffn.ports:
             raise Refused(
@@ -53,19 +53,7 @@ class FfnMode(Pass[FeedForward]):
                 suggestion="ffn-moe routes by the tokens",
             )
         experts = self._experts(ffn)
-        if experts < 2:
-            raise Refused(f"{ffn.hidden} hidden neurons are too few or do not divide into experts")
-        if ffn.hidden % experts:
-            near = divisors_near(ffn.hidden, experts)
-            raise Refused(
-                f"{ffn.hidden} hidden neurons do not divide into {experts} experts",
-                suggestion=f"experts={near[0]}" if near else None,
-            )
-        if self.shared >= experts:
-            raise Refused(
-                f"{self.shared} shared of {experts} experts leave none to route",
-                suggestion=f"shared={experts // 4}",
-            )
+        check_experts(ffn.hidden, experts, self.shared)
 
     def rewrite(self, ffn: FeedForward) -> Rewrite:
         import torch

@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sparsify.core import Pass, Refused, Rewrite, Splice, option
+from sparsify.core import Pass, Rewrite, Splice, option
 from sparsify.passes._rules import COUNTING, CUTTING, HELP, check_rule, chosen_rule
 from sparsify.regions import FeedForward
 
@@ -65,24 +65,10 @@ class FfnMoe(Pass[FeedForward]):
         return experts // 4 if self.shared < 0 else self.shared
 
     def check(self, ffn: FeedForward) -> None:
-        from sparsify.passes._experts import divisors_near
+        from sparsify.passes._experts import check_experts
 
         experts = self._experts(ffn)
-        if experts < 2:
-            raise Refused(f"{ffn.hidden} hidden neurons are too few or do not divide into experts")
-        if ffn.hidden % experts:
-            near = divisors_near(ffn.hidden, experts)
-            raise Refused(
-                f"{ffn.hidden} hidden neurons do not divide into {experts} experts",
-                suggestion=f"experts={near[0]} ({ffn.hidden} = {near[0]} x {ffn.hidden // near[0]})"
-                if near
-                else None,
-            )
-        if self._shared(experts) >= experts:
-            raise Refused(
-                f"{self._shared(experts)} shared of {experts} experts leave none to route",
-                suggestion=f"shared={experts // 4}",
-            )
+        check_experts(ffn.hidden, experts, self._shared(experts))
         routed = experts - self._shared(experts)
         check_rule(self.router, vars(self), routed, calibrated="x" in ffn.samples)
 

@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sparsify.core import Pass, Refused, Rewrite, Splice, option
+from sparsify.core import Pass, Rewrite, Splice, option
 from sparsify.regions import FeedForward
 
 if TYPE_CHECKING:
@@ -49,20 +49,15 @@ class FfnMohd(Pass[FeedForward]):
 
     def _sizes(self, width: int) -> tuple[int, int]:
         """(sub-dimensions, shared ones)."""
-        from sparsify.passes._hidden import default_subdims
+        from sparsify.passes._hidden import sizes
 
-        units = self.subdims or default_subdims(width)
-        return units, units // 4 if self.shared < 0 else self.shared
+        return sizes(width, self.subdims, self.shared)
 
     def check(self, ffn: FeedForward) -> None:
         from sparsify.passes._hidden import check_subdims
 
-        check_subdims(ffn.width, *self._sizes(ffn.width))
-        if self.router in ("threshold", "static") and "x" not in ffn.samples:
-            raise Refused(
-                f"{self.router} routing needs calibration data",
-                suggestion="give calibration=..., or router=top-k",
-            )
+        calibrated = "x" in ffn.samples
+        check_subdims(ffn.width, *self._sizes(ffn.width), self.router, calibrated=calibrated)
 
     def taps(self, region: FeedForward) -> Mapping[str, int]:
         return {"x": TOKENS, "stream.energy": TOKENS}

@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sparsify.core import Pass, Refused, Rewrite, Splice, option
+from sparsify.core import Pass, Rewrite, Splice, option
 from sparsify.regions import Projection
 
 if TYPE_CHECKING:
@@ -49,21 +49,16 @@ class HiddenMohd(Pass[Projection]):
 
     def _sizes(self, width: int) -> tuple[int, int]:
         """(sub-dimensions, shared ones)."""
-        from sparsify.passes._hidden import default_subdims
+        from sparsify.passes._hidden import sizes
 
-        units = self.subdims or default_subdims(width)
-        return units, units // 4 if self.shared < 0 else self.shared
+        return sizes(width, self.subdims, self.shared)
 
     def check(self, projection: Projection) -> None:
         from sparsify.passes._hidden import check_subdims
 
         width = int(projection.linear.weight.shape[1])
-        check_subdims(width, *self._sizes(width))
-        if self.router in ("threshold", "static") and "x" not in projection.samples:
-            raise Refused(
-                f"{self.router} routing needs calibration data",
-                suggestion="give calibration=..., or router=top-k",
-            )
+        calibrated = "x" in projection.samples
+        check_subdims(width, *self._sizes(width), self.router, calibrated=calibrated)
 
     def taps(self, region: Projection) -> Mapping[str, int]:
         return {"x": TOKENS}
@@ -79,10 +74,9 @@ class HiddenMohd(Pass[Projection]):
         x = projection.samples.get("x")
         effect = _hidden.stacked(projection.beside or (linear,), x)
         order = _hidden.feature_order(effect, x)
-        unit_columns, dropped = _hidden.columns_of(linear, order, units, x)
-        packed = HiddenColumns.from_dense(
-            linear.weight, linear.bias, unit_columns, dropped if self.compensate else None
-        )
+        means = x if self.compensate else None
+        unit_columns, dropped = _hidden.columns_of(linear, order, units, means)
+        packed = HiddenColumns.from_dense(linear.weight, linear.bias, unit_columns, dropped)
         groups = _hidden.default_subdims(out)
         if self.fusion and groups > 1 and projection.role in WRITES:
             packed.mix(unmixed(groups, out // groups, linear.weight.detach()))

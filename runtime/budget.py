@@ -207,9 +207,7 @@ class Budgeted(RoutedModule):
             else:
                 pooled, ranks = keys.flatten().sort()
             if losses is not None:
-                lost = losses.flatten()[ranks].double().cumsum(0) * (self.routed / len(ranks))
-                dead = torch.linspace(0, len(ranks), ERROR_POINTS, dtype=torch.float64).long()
-                self.errors = torch.cat([lost.new_zeros(1), lost])[dead].float()
+                self.errors = error_table(losses.flatten()[ranks], self.routed / len(ranks))
             at = torch.linspace(0, len(pooled) - 1, points, device=x.device, dtype=torch.float64)
             low = at.floor().long()
             high = at.ceil().long()
@@ -327,6 +325,18 @@ class Budgeted(RoutedModule):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._cut = None
+
+
+def error_table(losses: Tensor, scale: float = 1.0) -> Tensor:
+    """(P,) float32: what is lost when the first 0, 1/(P-1), ..., 1 of the units are dead.
+
+    Args:
+        losses: (n,) what each unit's death costs, in the order in which they die.
+        scale: on the sums.
+    """
+    lost = losses.double().cumsum(0) * scale
+    dead = torch.linspace(0, len(lost), ERROR_POINTS, dtype=torch.float64).long()
+    return torch.cat([lost.new_zeros(1), lost])[dead].float()
 
 
 def _quantile(ascending: Tensor, probability: float) -> float:

@@ -77,6 +77,12 @@ def unmixed(groups: int, width: int, like: Tensor) -> Tensor:
     return eye.expand(width, groups, groups).clone().requires_grad_(like.is_floating_point())
 
 
+def _mixing_cost(mixing: Tensor | None) -> Cost:
+    if mixing is None:
+        return Cost()
+    return Cost(2 * mixing.numel(), mixing.numel() * mixing.element_size())
+
+
 @routed
 class HiddenFFN(RoutedModule):
     """A feed-forward layer that reads, for every token, only live sub-dimensions of its input.
@@ -190,10 +196,7 @@ class HiddenFFN(RoutedModule):
         total += self.down.cost(share if self.both else 1.0)
         if self.gate is not None:
             total += self.gate.cost(share)
-        if self.mixing is not None:
-            size = self.mixing.numel()
-            total += Cost(2 * size, size * self.mixing.element_size())
-        return total
+        return total + _mixing_cost(self.mixing)
 
     def extra_repr(self) -> str:
         written = "live ones written" if self.both else "all written"
@@ -247,8 +250,4 @@ class HiddenColumns(RoutedColumns):
         return made
 
     def cost(self, active: float | None = None, context: int = 0) -> Cost:
-        total = super().cost(active, context)
-        if self.mixing is not None:
-            size = self.mixing.numel()
-            total += Cost(2 * size, size * self.mixing.element_size())
-        return total
+        return super().cost(active, context) + _mixing_cost(self.mixing)

@@ -247,16 +247,20 @@ class SparseModel(nn.Module):
                 return True
         return False
 
-    def _own_parameters(self) -> None:
-        """New Parameter objects over the same storage: moving them leaves the other model alone."""
+    def _own_parameters(self, *, copies: bool = False) -> None:
+        """New Parameter objects over the same storage: moving them leaves the other model alone.
+
+        Args:
+            copies: over storage of their own, so that training them does too.
+        """
         made: dict[int, nn.Parameter] = {}
         for module in self.modules():
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
                 if id(parameter) not in made:
-                    twin = nn.Parameter(parameter.detach(), parameter.requires_grad)
-                    made[id(parameter)] = twin
+                    mine = parameter.detach().clone() if copies else parameter.detach()
+                    made[id(parameter)] = nn.Parameter(mine, parameter.requires_grad)
                 module._parameters[name] = made[id(parameter)]
         self._borrowed = False
 

@@ -8,6 +8,7 @@ Weisfeiler-Lehman fingerprint (networkx), labels being operation and shape.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import networkx as nx
@@ -86,7 +87,7 @@ def _isomorphic(
     if total < 2:
         return []
     return [
-        (group, (_prefix([r.path for r in group]), index, total, prints[index]))
+        (group, (prefix([r.path for r in group]), index, total, prints[index]))
         for index, group in enumerate(groups[:total])
     ]
 
@@ -128,7 +129,8 @@ def fingerprint(nodes: set[fx.Node]) -> str:
         return str(nx.weisfeiler_lehman_graph_hash(graph, node_attr="label", iterations=3))
 
 
-def _prefix(paths: list[str]) -> str:
+def prefix(paths: Sequence[str]) -> str:
+    """The dotted path that all share; ``#2`` of repeated ones does not count."""
     parts = [path.split("#")[0].split(".") for path in paths]
     common = []
     for level in zip(*parts, strict=False):

@@ -63,7 +63,8 @@ class Trainee:
         """
         flags = [(p, p.requires_grad) for p in model.parameters()]
         if train == "all":
-            _own_weights(model)
+            if model._borrowed:
+                model._own_parameters(copies=True)
             flags = [(p, p.requires_grad) for p in model.parameters()]
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -134,21 +135,6 @@ class Trainee:
         """Let train what trained before."""
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-
-
-def _own_weights(model: SparseModel) -> None:
-    """Copies of weights that are another model's too; ties stay."""
-    if not model._borrowed:
-        return
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:
-                    twin = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                    made[id(parameter)] = twin
-                module._parameters[leaf] = made[id(parameter)]
-    model._borrowed = False
 
 
 def tables(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from sparsify.blocks import above, below, fingerprint
+from sparsify.blocks import above, below, fingerprint, prefix
 from sparsify.probe import op_base, shape_of
 from sparsify.regions import Block, Layer, NearMiss, Region, Site, Stack
 
@@ -31,7 +31,7 @@ def find_stacks(
         groups = [
             tuple(r for r in regions if r.block == start + index) for index in range(len(run))
         ]
-        path = _common([block.path for block in run])
+        path = prefix([block.path for block in run]) or "stack"
         try:
             stacks.append(_stack(gm, path, start, run, groups))
         except NoStack as reason:
@@ -145,13 +145,3 @@ def _last_cut(cuts: Sequence[fx.Node], y: fx.Node, shape: tuple[int, ...], wante
         if fingerprint(between(cuts[-1], node)) == wanted:
             return node
     raise NoStack("the last block does not end as the others do")
-
-
-def _common(paths: Sequence[str]) -> str:
-    parts = [path.split(".") for path in paths]
-    common = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join(common) or "stack"
