@@ -97,6 +97,7 @@ _OURS: dict[str, str] = {
     "ModalityLinear": "sparsify.runtime.modality",
     "LatentProjection": "sparsify.runtime.latent",
     "Features": "sparsify.runtime.latent",
+    "TiedLinear": "sparsify.runtime.tied",
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",
