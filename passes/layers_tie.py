@@ -37,9 +37,7 @@ class LayersTie(Pass[Projection]):
     claim = BOUNDED(1e-5)
 
     active: float = option(1.0, "fraction of the stored rank that is live", gt=0, le=1)
-    sharing: str = option(
-        "cycle", "which layers share, as in Mixture-of-Recursions", among=SCHEMES
-    )
+    sharing: str = option("cycle", "which layers share, as in Mixture-of-Recursions", among=SCHEMES)
     recursions: int = option(2, "layers that share one weight", ge=2)
     rank: float = option(1.0, "rank of the residual that is stored, as a fraction", gt=0, le=1)
 

@@ -98,6 +98,8 @@ _OURS: dict[str, str] = {
     "LatentProjection": "sparsify.runtime.latent",
     "Features": "sparsify.runtime.latent",
     "TiedLinear": "sparsify.runtime.tied",
+    "RecursionRouter": "sparsify.runtime.recursion",
+    "DepthChoice": "sparsify.runtime.recursion",
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",
