@@ -97,6 +97,7 @@ _OURS: dict[str, str] = {
     "ModalityLinear": "sparsify.runtime.modality",
     "LatentProjection": "sparsify.runtime.latent",
     "Features": "sparsify.runtime.latent",
+    "LatentFFN": "sparsify.runtime.latent_ffn",
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",
