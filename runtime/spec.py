@@ -98,6 +98,8 @@ _OURS: dict[str, str] = {
     "LatentProjection": "sparsify.runtime.latent",
     "Features": "sparsify.runtime.latent",
     "LatentFFN": "sparsify.runtime.latent_ffn",
+    "ArchitectureRouter": "sparsify.runtime.supernet",
+    "SupernetFFN": "sparsify.runtime.supernet",
     "RoutedRows": "sparsify.runtime.heads",
     "RoutedColumns": "sparsify.runtime.heads",
     "RoutedAttend": "sparsify.runtime.attend",
