@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,6 +145,18 @@ def test_below_full_rank_it_is_approximate_smaller_and_cheaper() -> None:
         for active in (1.0, 0.5):
             shared = 4 * rank * width
             assert layer.cost(active).flops - layer.experts.cost(active).flops == shared
+
+
+@torch.no_grad()
+def test_a_saved_approximation_is_verified_against_what_it_lost(tmp_path: Path) -> None:
+    model = compiled("rank=0.5")
+    model.save(tmp_path / "out")
+    found = sparsify.verify(tmp_path / "out")
+    known = model.report.steps[0].evidence[-1]
+    assert found.ok and found.evidence[0].error == pytest.approx(known.error, rel=1e-3)
+    again = sparsify.load(tmp_path / "out")
+    layers(again)[0].write.mul_(2.0)
+    assert not sparsify.verify(again).ok
 
 
 @torch.no_grad()
