@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparsify
+from sparsify.healing_loss import results
 from sparsify.passes._lowrank import input_base, output_base
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.latent_ffn import LatentFFN
@@ -200,3 +201,10 @@ def test_half_types_are_refused() -> None:
     model = sparsify.compile(captured("llama", torch.bfloat16), "ffn-mole", reproducer=None)
     remarks = model.report.steps[0].remarks
     assert all(r.kind == "left" and "half type" in r.reason for r in remarks)
+
+
+def test_healing_compares_what_leaves_the_latent() -> None:
+    for text in ("ffn-mole", "ffn-mohd"):  # modules whose parts count their work
+        model = sparsify.compile(captured("llama"), text, reproducer=None)
+        found = results(model)
+        assert sorted(found) == [f"model.layers.{n}.mlp.{text[4:]}" for n in (0, 1)]
