@@ -48,8 +48,8 @@ def output_base(weight: Tensor, rank: int, x: Tensor | None) -> tuple[Tensor, Te
     weight = weight.double()
     second = weight @ weight.T
     if x is not None:
-        floor = FLOOR * x.double().square().mean().clamp_min(1e-30)
-        y = x.double() @ weight.T
+        floor = FLOOR * float(x.square().mean().clamp_min(1e-30))
+        y = (x @ weight.T.to(x)).double()  # a float64 copy of x may be large
         second = y.T @ y / len(x) + floor * second
     base = torch.linalg.eigh(second).eigenvectors.flip(1)[:, :rank]
     return weight.T @ base, base.T.contiguous()

@@ -7,11 +7,12 @@ all experts, weighted by the second moments of calibration samples where there a
 share one latent (one projection serves both); down projections share their output side: what the
 live experts add up to in a second latent is projected to D once. Bases have orthonormal rows.
 
-Unlike the paper, which converts mixtures and groups their experts by k per base, the experts here
-are blocks of a dense layer's neurons under one base; they, their router and the dial are those of
-ffn-moe, on latents. At full rank the products are the dense weights up to rounding: BOUNDED, by the
-REORDERED bound of the longer path for the weights' dtype, and no looser than 1e-5. Below full rank
-weights are lost whatever is live: APPROXIMATE. Only then is anything saved when all is live.
+The paper converts mixtures, with a base for up and one for gate per group of k experts, and (as
+read here) leaves down projections whole. Here the experts are blocks of a dense layer's neurons, as
+in ffn-moe, whose router (on latents) and dial they have. At full rank the products are the dense
+weights up to rounding: BOUNDED, by the REORDERED bound of the longer path for the weights' dtype,
+and no looser than 1e-5. Only below full rank is anything saved with all experts live, and then
+weights are lost whatever is live: APPROXIMATE, measured and reported.
 """
 
 from __future__ import annotations
