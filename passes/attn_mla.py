@@ -126,18 +126,23 @@ def factors(
 
     The error table (what the last ranks carry, relative to the stream) where calibrated.
     """
-    from sparsify.passes._lowrank import principal_rows
+    from sparsify.passes._lowrank import weighted_svd
     from sparsify.runtime.budget import error_table
 
-    # cross attention projects its keys from elsewhere than x
-    x = attention.samples.get("x") if part.ports["x"] is attention.ports["x"] else None
-    up, lost = principal_rows(rows, x)
+    weight = rows.double()
+    width = weight.shape[1]
+    x = attention.samples.get("x")
+    if part.ports["x"] is not attention.ports["x"]:
+        x = None  # cross attention projects its keys from elsewhere
+    left, values = weighted_svd(weight, x)
+    size = min(len(weight), width)
+    up = left[:, :size]
     errors = None
     energy = attention.samples.get("stream.energy")
     if x is not None and energy is not None:
         stream = float(energy.double().mean().clamp_min(1e-30))
-        errors = error_table(lost.flip(0), 1 / stream)
-    return up, up.T @ rows.double(), errors
+        errors = error_table(values[:size].square().flip(0), 1 / stream)
+    return up, up.T @ weight, errors
 
 
 def moved(attention: Attention, parts: list[Projection]) -> tuple[Moved, ...]:

@@ -73,7 +73,7 @@ class LayersTie(Pass[Projection]):
         return dict.fromkeys(("x", *energies), TOKENS)
 
     def rewrite(self, projection: Projection) -> Rewrite:
-        from sparsify.passes._lowrank import principal_rows
+        from sparsify.passes._lowrank import weighted_svd
         from sparsify.runtime.prefix import Prefix
         from sparsify.runtime.router import own
         from sparsify.runtime.tied import TiedLinear
@@ -82,8 +82,9 @@ class LayersTie(Pass[Projection]):
         linear, x = projection.linear, projection.samples.get("x")
         shared = self._shared(projection)
         rest = linear.weight.double() - shared.double()
-        up, lost = principal_rows(rest, x)
-        size = max(1, math.ceil(self.rank * up.shape[1] - 1e-9))
+        up, values = weighted_svd(rest, x)
+        lost = values[: min(rest.shape)].square()
+        size = max(1, math.ceil(self.rank * len(lost) - 1e-9))
         left_out = float(lost[size:].sum() / lost.sum().clamp_min(1e-300))
         up, lost = up[:, :size], lost[:size]
         trains, dtype = linear.weight.requires_grad, linear.weight.dtype

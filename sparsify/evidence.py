@@ -7,6 +7,7 @@ with the dense run's and then replaced by it, so the next region again sees dens
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -204,6 +205,8 @@ def _named(claims: Sequence[Proven]) -> str:
 
 
 def _badness(evidence: Evidence) -> float:
+    if math.isinf(evidence.tolerance):
+        return evidence.error / max(evidence.scale, 1e-30)
     return evidence.error / evidence.tolerance if evidence.tolerance > 0 else evidence.error * 1e30
 
 
