@@ -88,6 +88,7 @@ _CLASSES: dict[str, type[RoutedModule]] = {}
 _OURS: dict[str, str] = {
     "Router": "sparsify.runtime.router",
     "TaskRouter": "sparsify.runtime.task_router",
+    "SparsityRouter": "sparsify.runtime.sparsity",
     "Prefix": "sparsify.runtime.prefix",
     "Magnitude": "sparsify.runtime.inputs",
     "RoutedLinear": "sparsify.runtime.inputs",
