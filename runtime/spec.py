@@ -111,6 +111,7 @@ _OURS: dict[str, str] = {
     "HiddenFFN": "sparsify.runtime.hidden",
     "HiddenColumns": "sparsify.runtime.hidden",
     "SpanAttend": "sparsify.runtime.spans",
+    "BlockAttend": "sparsify.runtime.block_attend",
     "DepthRouter": "sparsify.runtime.depth",
     "RoutedLayer": "sparsify.runtime.depth",
 }
