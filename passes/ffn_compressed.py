@@ -1,4 +1,4 @@
-"""ffn-compressed: experts that a token does not use modulate, by a vector each, those that it uses.
+"""ffn-compressed: let the experts that a token skips modulate, by a vector each, those it uses.
 
 Compressed experts (He et al., arXiv:2503.00634): of the k experts that a trained mixture routes a
 token to, the main ones are computed; every other is replaced by vectors, ones at first, that

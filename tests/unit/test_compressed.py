@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sparsify
 from sparsify.errors import BadInput
+from sparsify.healing_state import Trainee
 from sparsify.passes._ridge import SHRINK, fit_modulation, fit_stand_ins
 from sparsify.passes.ffn_compressed import FfnCompressed
 from sparsify.runtime.compressed import CompressedFFN
@@ -302,6 +303,9 @@ def test_calibrated(tmp_path: Path) -> None:
         assert len(layer.vectors_at) == len(layer.dropped_at) == 3
         assert layer.vectors.requires_grad
         assert bool(layer.vectors.any())
+    trained = Trainee.of(model, "routers", rank=0, seed=0)
+    assert sum(name.endswith(".vectors") for name in trained.groups["stand-ins"]) == len(layers)
+    trained.unfreeze()
     model.set_active(0.5)
     ids = torch.cat(batches)
     with torch.no_grad():
