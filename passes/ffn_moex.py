@@ -1,4 +1,4 @@
-"""ffn-moex: experts of a layer's own neurons, routed by how sparsely they would activate.
+"""ffn-moex: split each feed-forward layer into experts, routed by how sparsely they activate.
 
 MoE-X (Yang et al., arXiv:2503.07639) sends a token to the experts that it activates most sparsely.
 The share of an expert's neurons that ReLU would leave positive is predicted from the mean and the

@@ -177,8 +177,8 @@ class Progressed:
     step: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    steps: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     best_shifts: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))
     best_step: int = 0
