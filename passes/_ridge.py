@@ -124,11 +124,12 @@ def fit_modulation(dead: Tensor, given: Tensor, missing: Tensor) -> Tensor:
     """
     dead, given, missing = dead.double(), given.double(), missing.double()
     units, width = dead.shape[1], given.shape[1]
-    gram = dead.new_zeros(width, units * units)
+    i, j = torch.triu_indices(units, units)
+    half = dead.new_zeros(width, len(i))
     for rows, weight in zip(dead.split(CHUNK), given.square().split(CHUNK), strict=True):
-        pairs = (rows.unsqueeze(2) * rows.unsqueeze(1)).flatten(1)
-        gram.addmm_(weight.T, pairs)
-    gram = gram.view(width, units, units)
+        half.addmm_(weight.T, rows[:, i] * rows[:, j])
+    gram = dead.new_empty(width, units, units)
+    gram[:, i, j] = gram[:, j, i] = half
     diagonal = gram.diagonal(dim1=1, dim2=2)
     scale = diagonal.mean(1, keepdim=True)
     diagonal.mul_(1 + SHRINK).add_(0.25 * SHRINK * scale).add_(scale == 0)
