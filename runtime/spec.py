@@ -93,6 +93,7 @@ _OURS: dict[str, str] = {
     "Magnitude": "sparsify.runtime.inputs",
     "RoutedLinear": "sparsify.runtime.inputs",
     "RoutedFFN": "sparsify.runtime.ffn",
+    "CompressedFFN": "sparsify.runtime.compressed",
     "ConditionedFFN": "sparsify.runtime.conditioned",
     "ModalityFFN": "sparsify.runtime.modality",
     "ModalityLinear": "sparsify.runtime.modality",

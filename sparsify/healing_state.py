@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Train = Literal["routers", "lora", "all"]
 TRAIN: tuple[Train, ...] = get_args(Train)
 STATE, TENSORS, FORMAT = "state.json", "tensors.safetensors", 1
-STAND_INS = ("dropped", "slopes")  # what routed modules add for dead units
+STAND_INS = ("dropped", "slopes", "vectors")  # of routed modules, for dead units
 _NAMED = re.compile(r"step-(\d{5,})")
 
 
