@@ -27,12 +27,13 @@ from sparsify.static_pruning import all_live
 RESULTS = Path(__file__).parent / "results" / "depth.json"
 PIPELINES = {
     "depth-mod": (0.9, 0.75, 0.5),
-    "depth-mod{first=2,last=2}": (0.9, 0.75, 0.5),
-    "depth-mor{recursions=3}": (0.75, 0.5),
-    "depth-mor{recursions=3,choice=token}": (0.75, 0.5),
-    "depth-mor{recursions=2,sharing=middle-cycle}": (0.75, 0.5),
-    "depth-mor{recursions=3,sharing=sequence}": (0.75, 0.5),
-    "depth-mor{recursions=3,kv=shared}": (0.75,),
+    "depth-mor{recursions=3}": (0.9, 0.75, 0.5),
+    "depth-mor{recursions=3,choice=token}": (0.9, 0.75, 0.5),
+    "depth-mor{recursions=2,sharing=middle-cycle}": (0.9, 0.75, 0.5),
+    "depth-mor{recursions=3,sharing=sequence}": (0.9, 0.75, 0.5),
+    "depth-mor{recursions=3,kv=recursion}": (0.9,),
+    "depth-mor{recursions=3,kv=shared}": (0.9,),
+    "depth-mod{kv=live}": (0.9,),
 }
 
 

@@ -38,7 +38,8 @@ def routed_layer(
 
     Args:
         router: splice name of the router, of whose selection ``unit`` decides.
-        source: layer whose keys and values it attends to; see :func:`sparsify.bodies.take_body`.
+        source: layer whose keys and values of all tokens it attends to; see
+            :func:`sparsify.bodies.take_body`.
     """
     from sparsify.bodies import take_body
 
@@ -75,14 +76,36 @@ def _first(region: Any) -> int:
 
 def is_causal(layer: Layer) -> bool:
     """Whether a token of the layer must not depend on later ones."""
+    from sparsify.layers import between, slots_of
+
     attends = any(isinstance(r, Attention) and r.causal for r in layer.inside)
-    return attends or bool(layer.sites["layer"].extra)
+    x, y = layer.ports["x"], layer.ports["y"]
+    return attends or bool(slots_of(between(x, y), y))  # it grows a cache
 
 
 def rule_for(router: str, causal: bool, calibrated: bool) -> str:
     """Without data, budgets hold by expert choice only, which would look ahead if causal."""
     alone = causal or calibrated if router == "auto" else router != "top-k"
     return "threshold" if alone else "top-k"
+
+
+def attends_to_all(layer: Layer, kv: str) -> bool:
+    """Whether tokens that skip the layer are attended to under ``kv`` (auto, all, live).
+
+    Raises:
+        Refused: ``kv=all``, and the layer does not read a cache.
+    """
+    from sparsify.bodies import take_body
+
+    if kv not in ("auto", "all"):
+        return False
+    try:
+        take_body(layer, layer)
+    except Refused:
+        if kv == "all":
+            raise
+        return False
+    return True
 
 
 def updates(samples: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

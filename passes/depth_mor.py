@@ -13,7 +13,9 @@ Without data the thresholds are a standard normal's, and budgets hold roughly on
 ``kv=recursion`` (the paper's recursion-wise caching): in every step, live tokens attend to the
 tokens that are live in it; the cache slot of a token that left holds zeros. ``kv=shared`` (its
 recursive sharing): all steps read the keys and values of the first one, so a token that left stays
-attendable, and only the first step's cache is kept.
+attendable, and only the first step's cache is kept. ``kv=all`` (the default where keys are cached):
+every step computes keys and values for every token from the stream that it has; see depth-mod for
+why a model that was not trained for it needs that.
 
 All tokens live to full depth, the layers are computed as the model wrote them: EXACT; with
 ``kv=shared`` later steps read other keys than the dense model's: APPROXIMATE.
@@ -62,10 +64,10 @@ class DepthMor(Pass[Stack]):
         among=("expert", "token"),
     )
     kv: str = option(
-        "recursion",
-        "recursion = live tokens attend to live tokens; shared = to the first step's keys and"
-        " values of all tokens",
-        among=("recursion", "shared"),
+        "auto",
+        "all = keys and values of every token; recursion = of the tokens that are live in the step;"
+        " shared = those of the first step; auto = all where keys are cached",
+        among=("auto", "all", "recursion", "shared"),
     )
     router: str = option(
         "auto",
@@ -76,7 +78,7 @@ class DepthMor(Pass[Stack]):
     compensate: bool = option(True, "add the mean change of the easier half of tokens when skipped")
 
     def check(self, stack: Stack) -> None:
-        from sparsify.passes._depth import check_layer
+        from sparsify.passes._depth import attends_to_all, check_layer
 
         if self.choice == "token" and self.router == "top-k":
             raise Refused(
@@ -85,6 +87,7 @@ class DepthMor(Pass[Stack]):
         for steps in runs(len(stack.layers), self.sharing, self.recursions):
             for layer, source in _pairs(stack, steps):
                 check_layer(layer, source if self.kv == "shared" else None)
+                attends_to_all(layer, self.kv)
 
     def taps(self, region: Stack) -> Mapping[str, int]:
         from sparsify.passes._depth import TOKENS
@@ -101,12 +104,13 @@ class DepthMor(Pass[Stack]):
 
     def rewrite(self, stack: Stack) -> Rewrite:
         from sparsify.bodies import hand_over
-        from sparsify.passes._depth import routed_layer
+        from sparsify.passes._depth import attends_to_all, routed_layer
 
         splices: list[Splice] = []
         moved: dict[str, str] = {}
         plan = runs(len(stack.layers), self.sharing, self.recursions)
         routed: list[tuple[Layer, Layer]] = []
+        everyone = all(attends_to_all(layer, self.kv) for layer in stack.layers)
         for number, steps in enumerate(plan):
             last = ""
             for step, layers in enumerate(steps[1:], 2):
@@ -122,6 +126,7 @@ class DepthMor(Pass[Stack]):
                         stack.layers[index],
                         stack.layers[index - layers[0] + steps[0][0]],
                     )
+                    keys = source if self.kv == "shared" else layer if everyone else None
                     splice, inside = routed_layer(
                         stack,
                         layer,
@@ -129,19 +134,21 @@ class DepthMor(Pass[Stack]):
                         last,
                         unit=step - 2 if self.choice == "token" else 0,
                         dropped=self._dropped(stack, index, easier),
-                        source=source if self.kv == "shared" else None,
+                        source=keys,
                     )
                     splices.append(splice)
                     moved |= inside
                     routed.append((layer, source))
-        claim = None if self.kv == "recursion" else APPROXIMATE
+        claim = APPROXIMATE if self.kv == "shared" else None
         if self.kv == "shared":
             for layer, source in routed:
                 hand_over(layer, source)
-        note = self._note(stack, plan, router)
+        note = self._note(stack, plan, router) + (", keys and values of every token" * everyone)
         return Rewrite(tuple(splices), (), note, moved=moved, claim=claim)
 
     def _note(self, stack: Stack, plan: Sequence[Sequence[range]], router: DepthRouter) -> str:
+        from sparsify.passes._depth import is_causal
+
         steps = " | ".join(_shown(steps) for steps in plan)
         fitted = "calibrated" if stack.samples else "from weights"
         note = (
@@ -149,7 +156,7 @@ class DepthMor(Pass[Stack]):
         )
         if self.kv == "shared":
             return note + ", all steps attend to the keys and values of the first"
-        if stack.layers[0].sites["layer"].extra:
+        if self.kv == "recursion" and is_causal(stack.layers[0]):
             note += ", cache slots of tokens that left are empty"
         return note
 

@@ -4,10 +4,11 @@ A :class:`DepthRouter` scores tokens and says who runs; a :class:`RoutedLayer` h
 the model as a graph, gathers the tokens that run it, and puts their results back into the stream.
 Rows of a batch with as many live (and live cached) tokens run together, others one by one.
 
-In a layer, only live tokens attend and are attended to ("recursion-wise caching", Bae et al.,
+Without ``keys``, only live tokens attend and are attended to ("recursion-wise caching", Bae et al.,
 arXiv:2507.10524; Mixture of Depths, Raposo et al., arXiv:2404.02258, does the same). The key/value
 cache keeps one slot per token in every layer, so its length stays one number; the slot of a token
-that skipped the layer holds zeros, which is also the mark by which later steps leave it out.
+that skipped the layer holds zeros, which is also the mark by which later steps leave it out. With
+``keys``, live tokens attend to those of all tokens, made outside the layer.
 """
 
 from __future__ import annotations
@@ -137,9 +138,9 @@ class RoutedLayer(RoutedModule):
             token, ``s`` cached token, ``k`` cached and new tokens, ``.`` anything else.
         slots: (input, dimension) of the cache entry that each further output grows; the input's
             number counts the stream as 0.
-        keys: (input, dimension) of keys that come from another layer, for all tokens: live tokens
-            attend to all of them ("recursive KV sharing", arXiv:2507.10524), and the layer has no
-            cache entries; None = live tokens attend to live tokens.
+        keys: (input, dimension) of keys of all tokens that come from outside: live tokens attend
+            to all of them, and the layer makes no cache entries; None = live tokens attend to live
+            tokens.
         unit: which unit of the selection says who is live.
         dropped: (D,) what a token that skips the layer gets added; None = nothing.
         flops, weight_bytes: dense work of one token, routed modules inside not counted.
@@ -329,10 +330,11 @@ class RoutedLayer(RoutedModule):
     def cost(self, active: float | None = None, context: int = 0) -> Cost:
         share = 1.0 if active is None else active
         per_key, cache = self.attention
+        keys = context * (share if self.keys is None else 1.0)
         total = Cost(
-            share * (self.flops + 2 * share * context * per_key),
+            share * (self.flops + 2 * keys * per_key),
             share * self.weight_bytes,
-            share * share * context * cache,
+            share * keys * cache,
         )
         for path, module in self.inner.named_modules():
             if is_routed(module) and _outermost(self.inner, path):

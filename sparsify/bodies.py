@@ -51,7 +51,9 @@ def take_body(layer: Layer, source: Layer | None = None) -> Body:
     """The layer's body; its site then knows the nodes it replaces.
 
     Args:
-        source: an earlier layer whose keys and values this one attends to, instead of its own.
+        source: the layer whose keys and values this one attends to, those of all tokens: an
+            earlier one, or the layer itself (they are computed outside the body then); None =
+            those of the live tokens, computed in the body.
 
     Raises:
         Refused: the body cannot run on some of the tokens.

@@ -19,11 +19,13 @@ from sparsify.weights import dense_weights
 from tests.contract.zoo_captures import captured
 
 
-@pytest.fixture(scope="module")
-def llama() -> tuple[Any, Any]:
+@pytest.fixture(scope="module", params=["live", "all"])
+def llama(request: Any) -> tuple[Any, Any]:
     """The dense zoo model and its routed form, half of the (token, layer) pairs live."""
     made = zoo.build("llama").model
-    model: Any = sparsify.compile(captured("llama"), "depth-mod{active=0.6}", reproducer=None)
+    model: Any = sparsify.compile(
+        captured("llama"), f"depth-mod{{active=0.6,kv={request.param}}}", reproducer=None
+    )
     own = dict(model.named_parameters())
     made.load_state_dict({k: own[k] for k in made.state_dict() if k in own}, strict=False)
     return made.eval(), model
@@ -39,7 +41,9 @@ def reference(dense: Any, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     for number, layer in enumerate(dense.model.layers):
         router = model.get_submodule(f"model.layers.{number}.router")
         live = router.scores(x)[..., 0] > router.threshold
-        seen = causal & mask.bool()[:, None] & live[:, None]  # (B, query, key)
+        seen = causal & mask.bool()[:, None]  # (B, query, key)
+        if layer_of(model, number).keys is None:
+            seen = seen & live[:, None]
         seen = seen | torch.eye(tokens, dtype=torch.bool)  # rows of padding see something
         bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None]
         out = layer(x, attention_mask=bias, position_embeddings=rotary)
@@ -47,6 +51,11 @@ def reference(dense: Any, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         x = torch.where(live[..., None], out, x)
     logits: Tensor = dense.lm_head(dense.model.norm(x))
     return logits
+
+
+def layer_of(model: Any, number: int) -> RoutedLayer:
+    found: RoutedLayer = model.get_submodule(f"model.layers.{number}.layer")
+    return found
 
 
 @torch.no_grad()
@@ -105,12 +114,12 @@ def test_work_is_skipped(llama: tuple[Any, Any]) -> None:
     assert sum(sizes) == layer.counter.rows == layer.counter.units_live < 30
     x = torch.zeros(1, 2, 32)
     none = layer(torch.zeros(1, 2, 1), x, *_others(layer, x))
-    assert torch.equal(none[0], x) and layer.counter.rows == sum(sizes)
+    assert torch.equal(none[0] if layer.slots else none, x) and layer.counter.rows == sum(sizes)
 
 
 def _others(layer: RoutedLayer, x: Tensor) -> list[Tensor]:
     """Inputs that nothing may read when no token is live, cache entries of no length."""
-    slots = {at for at, _ in layer.slots}
+    slots = {at for at, _ in (*layer.slots, *([layer.keys] if layer.keys else []))}
     return [
         torch.zeros(1, 2, 0, 8) if number in slots else torch.full((1,), torch.nan)
         for number in range(1, len(layer.axes))

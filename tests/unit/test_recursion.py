@@ -160,7 +160,8 @@ def reference(model: Any, ids: Tensor, options: dict[str, Any]) -> Tensor:
         if shared and index in inside:
             out = _attend_elsewhere(dense, x, index, live_at[index][1], entries, rotary, seen)
         else:
-            seen = seen & here[:, None] | torch.eye(tokens, dtype=torch.bool)
+            if options["kv"] == "recursion":
+                seen = seen & here[:, None] | torch.eye(tokens, dtype=torch.bool)
             bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None]
             out = layer(x, attention_mask=bias, position_embeddings=rotary)
             out = out[0] if isinstance(out, tuple) else out
@@ -194,6 +195,7 @@ CASES = {
     "token": {"recursions": 3, "sharing": "cycle", "choice": "token", "kv": "recursion"},
     "middle": {"recursions": 2, "sharing": "middle-cycle", "choice": "expert", "kv": "recursion"},
     "sequence": {"recursions": 2, "sharing": "sequence", "choice": "token", "kv": "recursion"},
+    "expert-all": {"recursions": 3, "sharing": "cycle", "choice": "expert", "kv": "all"},
     "expert-shared": {"recursions": 3, "sharing": "cycle", "choice": "expert", "kv": "shared"},
     "token-shared": {"recursions": 2, "sharing": "sequence", "choice": "token", "kv": "shared"},
 }
