@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from sparsify.errors import BadInput, SparsifyError
 from sparsify.evaluate import compare
 from sparsify.healing_loss import Distiller
-from sparsify.healing_options import check_checkpoint, check_options, check_schedule, rows_of
+from sparsify.healing_options import (
+    check_checkpoint,
+    check_options,
+    check_schedule,
+    rows_of,
+    schedule_of,
+)
 from sparsify.healing_result import Healing, Row
 from sparsify.healing_state import Progressed, Train, Trainee, read, write
 from sparsify.report import Report
@@ -39,7 +45,7 @@ from sparsify.runtime.counters import counters, reset
 from sparsify.runtime.dial import kept, routers, set_active
 from sparsify.runtime.metrics import Loads
 from sparsify.runtime.model import SparseModel
-from sparsify.runtime.schedule import Schedule, Shape
+from sparsify.runtime.schedule import Shape
 from sparsify.runtime.training import Thresholds, masked, resettle
 from sparsify.saved import budget, load
 from sparsify.static_pruning import all_live
@@ -168,19 +174,6 @@ def _turn(settings: Settings) -> None:
         router.setting = setting
 
 
-def _schedule(plan: dict[str, Any], active: float) -> Schedule | None:
-    """The way down that a plan asks for; BadInput where it would go up."""
-    if plan["schedule"] is None:
-        return None
-    if plan["start"] <= active:
-        raise BadInput(
-            f"a schedule from {plan['start']:g} to {active:g} does not go down",
-            help="a larger start, or a smaller active",
-        )
-    steps = max(round(plan["ramp"] * plan["steps"]), 1)
-    return Schedule(active, steps, plan["start"], plan["schedule"])
-
-
 class _Run:
     """One healing: steps, evaluations, checkpoints, and the end."""
 
@@ -205,7 +198,7 @@ class _Run:
         self.steps = int(plan["steps"])
         self.active = budget(model)
         self.settings: Settings = [(r, r.setting) for _, r in routers(model)]
-        self.schedule = _schedule(plan, self.active)
+        self.schedule = schedule_of(plan, self.active)
         groups = [
             {"params": list(group.values()), "lr": 0.0, "top": RATES[kind] * plan["rate"]}
             for kind, group in trainee.groups.items()

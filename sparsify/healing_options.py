@@ -13,7 +13,7 @@ from sparsify.corpus import token_blocks
 from sparsify.errors import BadInput, OutputError, did_you_mean
 from sparsify.healing_state import TRAIN, exists
 from sparsify.runtime.model import SparseModel
-from sparsify.runtime.schedule import Shape
+from sparsify.runtime.schedule import Schedule, Shape
 
 MEASURED = 2048  # tokens to measure on, at most
 
@@ -92,6 +92,19 @@ def check_schedule(schedule: str | None, start: float, ramp: float) -> None:
     for name, value in (("start", start), ("ramp", ramp)):
         if not 0 < value <= 1:
             raise BadInput(f"{name} cannot be {value:g}", help="above 0, at most 1")
+
+
+def schedule_of(plan: dict[str, Any], active: float) -> Schedule | None:
+    """The way down that a plan asks for; BadInput where it would go up."""
+    if plan["schedule"] is None:
+        return None
+    if plan["start"] <= active:
+        raise BadInput(
+            f"a schedule from {plan['start']:g} to {active:g} does not go down",
+            help="a larger start, or a smaller active",
+        )
+    steps = max(round(plan["ramp"] * plan["steps"]), 1)
+    return Schedule(active, steps, plan["start"], plan["schedule"])
 
 
 def check_checkpoint(folder: Path | None, resume: bool) -> None:

@@ -115,6 +115,8 @@ def test_a_model_without_its_class_trains_too(tmp_path: Path) -> None:
     plain = load_folder(tmp_path / "saved")
     assert not isinstance(plain, transformers.PreTrainedModel)
     before = plain(input_ids=IDS, labels=IDS).loss.item()
+    part = plain(input_ids=IDS, labels=IDS, num_items_in_batch=500).loss.item()
+    assert part == pytest.approx(before * IDS[:, 1:].numel() / 500)
     auxiliary = Auxiliary(plain, {"balance": 0.01})
     trainer(
         plain, auxiliary, tmp_path / "out", remove_unused_columns=False, save_strategy="no",
