@@ -131,6 +131,7 @@ def heal(
     length: int = 256,
     rate: float = 1.0,
     rank: int = 8,
+    shards: int = 0,
     kl: float = 1.0,
     mse: float = 1.0,
     ce: float = 0.0,
@@ -155,6 +156,8 @@ def heal(
         batch: sequences per step; length: tokens of each.
         rate: factor on the learning rates of ``RATES``.
         rank: of LoRA.
+        shards: above 0, LoRA's factors are put together from shards, this many a vector, of pools
+            that the weights share (:mod:`sparsify.runtime.shards`); as many numbers train.
         kl, mse, ce: how much each part of the loss counts.
         every: steps between evaluations (and checkpoints).
         patience: evaluations without improvement before it stops; 0 = never.
@@ -184,8 +187,8 @@ def heal(
     plan = {
         "train": train, "active": active, "steps": steps, "batch": batch, "length": length,
         "rate": rate, "rank": rank, "kl": kl, "mse": mse, "ce": ce, "every": every,
-        "seed": seed, "text": name, "tokens": rows.numel(), "sum": int(rows.sum()),
-        "pipeline": sparse.pipeline,
+        "shards": shards, "seed": seed, "text": name, "tokens": rows.numel(),
+        "sum": int(rows.sum()), "pipeline": sparse.pipeline,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -195,7 +198,7 @@ def heal(
         training = [m for m in sparse.modules() if m.training]
         sparse.eval()
         teacher = _frozen(sparse) if train == "all" else None
-        trainee = Trainee.of(sparse, train, rank=rank, seed=seed)
+        trainee = Trainee.of(sparse, train, rank=rank, seed=seed, pieces=shards)
         stack.callback(trainee.unfreeze)
         stack.callback(lambda: [m.train() for m in training])
         run = _Run(

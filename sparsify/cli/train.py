@@ -43,6 +43,10 @@ def heal(
     ] = None,
     rate: Annotated[float, typer.Option(metavar="R", help="Factor on the learning rates.")] = 1.0,
     rank: Annotated[int, typer.Option(metavar="N", help="Rank of the changes under lora.")] = 8,
+    shards: Annotated[
+        int,
+        typer.Option(metavar="N", help="Shards of a vector, in pools for all weights; 0 = none."),
+    ] = 0,
     every: Annotated[
         int, typer.Option(metavar="N", help="Steps between measurements and checkpoints.")
     ] = 20,
@@ -66,6 +70,7 @@ def heal(
     checks.among("--train", train, TRAIN)
     for option, count in (("--steps", steps), ("--rank", rank), ("--every", every)):
         checks.at_least(option, count, 1)
+    checks.at_least("--shards", shards, 0)
     for option, number in (("--rate", rate), ("--minutes", minutes)):
         if number is not None and not 0 < number < float("inf"):
             raise BadInput(f"{option} cannot be {number:g}", help="above 0")
@@ -88,6 +93,7 @@ def heal(
             minutes=minutes,
             rate=rate,
             rank=rank,
+            shards=shards,
             every=every,
             seed=seed,
             checkpoint=checkpoint,
