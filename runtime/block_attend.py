@@ -159,7 +159,7 @@ class BlockAttend(RoutedModule):
                 raise BadInput(
                     "blocks of a grid do not go with a causal mask",
                     why="the mean key of a block would hold keys after the query",
-                    help="leave grid= out for this layer",
+                    help="compile it without grid, or keep it out with skip=PATH",
                 )
         shape = (batch, heads, tokens, blocks)
         visible = _pooled(free.int(), 3, block_of, blocks) > 0

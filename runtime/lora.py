@@ -219,4 +219,8 @@ def _release(owner: nn.Module, leaf: str) -> None:
         del owner._modules["parametrizations"]
         owner.__class__ = type(owner).__bases__[0]
     else:
-        delattr(type(owner), leaf)
+        # A class without it, of this module alone: copies of the module have the old class, too.
+        kind = type(owner)
+        left_out = (leaf, "__dict__", "__weakref__")
+        body = {name: value for name, value in vars(kind).items() if name not in left_out}
+        owner.__class__ = type(kind.__name__, kind.__bases__, body)
