@@ -47,7 +47,7 @@ def members(
     """int64 (S,): the block of every key.
 
     Without a grid, runs of ``block`` keys. With one, its tiles, the last of an axis smaller where
-    the tile does not divide it; further keys come first and are one block (class tokens, text).
+    the tile does not divide it; further keys (class tokens, text) come first, in runs of as many.
     """
     if not grid:
         return torch.arange(keys, device=device) // block
@@ -64,7 +64,8 @@ def members(
     number = number.flatten()
     if keys == wanted:
         return number
-    return torch.cat([number.new_zeros(keys - wanted), number + 1])
+    first = torch.arange(keys - wanted, device=device) // math.prod(tile)
+    return torch.cat([first, number + first[-1] + 1])
 
 
 def select(
