@@ -39,24 +39,15 @@ class AttnMoba(Pass[Attention]):
     tile: str = option("", "what a block spans along the axes of the grid, such as 2x4x4")
 
     def __post_init__(self) -> None:
-        from sparsify.runtime.key_blocks import sizes_of
-
-        axes = []
-        for name in ("grid", "tile"):
-            try:
-                axes.append(len(sizes_of(str(getattr(self, name)))))
-            except BadInput as error:
-                message = f"option '{name}' of attn-moba: {error.what}"
-                raise BadOption(message, help=error.help) from None
-        if axes[0] != axes[1]:
+        axes = {name: len(_sizes(name, getattr(self, name))) for name in ("grid", "tile")}
+        if axes["grid"] != axes["tile"]:
             raise BadOption(
-                f"attn-moba needs a tile for each axis of the grid: grid has {axes[0]}, tile "
-                f"{axes[1]}",
+                "attn-moba needs a tile with as many sizes as the grid",
+                why=f"grid has {axes['grid']}, tile {axes['tile']}",
                 help="attn-moba{grid=4x8x8 tile=2x4x4}",
             )
 
     def check(self, attention: Attention) -> None:
-        from sparsify.runtime.key_blocks import sizes_of
         from sparsify.runtime.spans import split_softmax
 
         if attention.cross:
@@ -73,17 +64,18 @@ class AttnMoba(Pass[Attention]):
                 "it is causal: the mean key of a grid's block would hold keys after the query",
                 suggestion="attn-moba without grid",
             )
-        wanted = math.prod(sizes_of(self.grid))
+        wanted = math.prod(_sizes("grid", self.grid))
         if keys < wanted:
             raise Refused(f"it sees {keys} keys, a grid of {self.grid} has {wanted}")
 
     def rewrite(self, attention: Attention) -> Rewrite:
         from sparsify.runtime.block_attend import BlockAttend
-        from sparsify.runtime.key_blocks import sizes_of, tile_of_layer
+        from sparsify.runtime.key_blocks import tile_of_layer
         from sparsify.runtime.prefix import Prefix
 
-        grid = sizes_of(self.grid)
-        tile = tile_of_layer(grid, sizes_of(self.tile), attention.index) if grid else ()
+        grid, tile = _sizes("grid", self.grid), _sizes("tile", self.tile)
+        if grid:
+            tile = tile_of_layer(grid, tile, attention.index)
         module = BlockAttend(
             attention.score,
             heads=attention.heads,
@@ -102,3 +94,15 @@ class AttnMoba(Pass[Attention]):
 
 
 UNITS = 64  # of the dial; only the share of live ones is read
+
+
+def _sizes(name: str, text: str) -> tuple[int, ...]:
+    """``4x8x8`` as numbers; empty where the text is."""
+    parts = text.split("x") if text else []
+    numbers = all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts)
+    if len(parts) not in (0, 2, 3) or not numbers:
+        raise BadOption(
+            f"option '{name}' of attn-moba cannot be '{text}'",
+            help="two or three sizes: 8x8 or 4x8x8",
+        )
+    return tuple(map(int, parts))

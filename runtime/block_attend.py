@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsify.errors import BadInput
 from sparsify.runtime.cost import Cost
@@ -94,32 +95,32 @@ class BlockAttend(RoutedModule):
         with torch.no_grad():
             free = self._free(q, keys, operands)
             live, visible = self.live(q, k, free, block_of)
-        picked = _Picked(live, block_of, self.kv_heads)
+        picked = _Picked(live, _Blocks(block_of), self.kv_heads)
         rows = q.reshape(-1, q.shape[3])
-        parts = []
+        products = []
         for (b, g, n), row in picked.groups:
-            part = rows[row] @ k[b, g, picked.columns[n]].to(wide).T
+            part = rows[row] @ picked.blocks.of(k[b, g], n).to(wide).T
             self.counter.rows += part.numel()
-            parts.append(part.flatten())
+            products.append(functional.pad(part, (0, picked.blocks.most - part.shape[1])))
         sizes = torch.bincount(block_of)
         self.counter.tokens += len(rows)
         self.counter.units_total += int((visible * sizes).sum())
         self.counter.units_live += int((live * sizes).sum())
         self.counter.rows_dense += len(rows) * keys
-        scores = q.new_zeros(len(rows) * picked.most).index_copy(0, picked.places, torch.cat(parts))
+        scores = q.new_zeros(len(rows) * picked.most, picked.blocks.most)
+        scores = scores.index_copy(0, picked.places, torch.cat(products))
         key = picked.keys.view(*q.shape[:3], -1)
         mine = [_at(operand, key) for operand in operands]
         dead = picked.dead.view_as(key)
         if self.causal:
             dead = dead | (key > torch.arange(tokens, device=q.device).unsqueeze(1))
         masked = self.before(scores.view(key.shape), *mine).masked_fill(dead, -math.inf)
-        share = self.after(masked).to(wide).flatten()[picked.places]
+        share = self.after(masked).to(wide).reshape(scores.shape)[picked.places]
         sums, start = [], 0
         for (b, g, n), row in picked.groups:
-            column = picked.columns[n]
-            part = share[start : start + len(row) * len(column)].view(len(row), -1)
-            sums.append(part @ v[b, g, column].to(wide))
-            start += part.numel()
+            values = picked.blocks.of(v[b, g], n).to(wide)
+            sums.append(share[start : start + len(row), : len(values)] @ values)
+            start += len(row)
         y = q.new_zeros(len(rows), v.shape[3]).index_add(0, picked.rows, torch.cat(sums))
         return y.view(*q.shape[:3], -1).to(v.dtype)
 
@@ -159,7 +160,7 @@ class BlockAttend(RoutedModule):
                 raise BadInput(
                     "blocks of a grid do not go with a causal mask",
                     why="the mean key of a block would hold keys after the query",
-                    help="leave grid= out for this layer",
+                    help="compile it without grid, or keep it out with skip=PATH",
                 )
         shape = (batch, heads, tokens, blocks)
         visible = _pooled(free.int(), 3, block_of, blocks) > 0
@@ -226,56 +227,87 @@ class BlockAttend(RoutedModule):
         return f"{self.heads} heads, {cut}, {self.selection}"
 
 
-class _Picked:
-    """The keys of every query's live blocks, side by side, and the products that they take.
+class _Blocks:
+    """Which keys lie in which block.
 
     Args:
-        live: bool (B, H, T, N); block_of: int64 (S,); kv_heads: G.
+        block_of: int64 (S,).
 
     Attributes:
-        columns: the keys of each block.
+        most: keys of the largest block.
+        keys: int64 (N, most), the keys of every block; filled: bool, where there is one.
+    """
+
+    def __init__(self, block_of: Tensor) -> None:
+        sizes = torch.bincount(block_of)
+        self.most = int(sizes.max())
+        self.filled = torch.arange(self.most, device=block_of.device) < sizes.unsqueeze(1)
+        self.keys = torch.zeros_like(self.filled, dtype=torch.int64)
+        self.keys[self.filled] = block_of.argsort(stable=True)
+        self._sizes: list[int] = sizes.tolist()
+        first = self.keys[:, 0].tolist()
+        run = bool((self.keys.diff(dim=1) == 1)[self.filled[:, 1:]].all())
+        self._starts: list[int] | None = first if run else None
+
+    def of(self, x: Tensor, block: int) -> Tensor:
+        """The rows of x (S, d) in a block; a view where blocks are runs of keys."""
+        size = self._sizes[block]
+        if self._starts is not None:
+            return x[self._starts[block] : self._starts[block] + size]
+        return x[self.keys[block, :size]]
+
+
+class _Picked:
+    """The keys of every query's live blocks, block by block, and the products that they take.
+
+    Args:
+        live: bool (B, H, T, N); kv_heads: G.
+
+    Attributes:
         groups: (batch row, key/value head, block) and the query rows, in (B * H * T), that are
             multiplied with it together.
         rows: int64, the query rows of all groups, one after the other.
-        most: L, keys that a query has at most.
-        places: int64, where in (B * H * T * L) the products of all groups go.
-        keys: int64 (B * H * T, L), the key at each place; dead: bool, where there is none.
+        most: M, blocks that a query has at most.
+        places: int64, where in (B * H * T * M) the products of all groups go.
+        keys: int64 (B * H * T, M * most of a block), the key at each place; dead: bool, where
+            there is none.
     """
 
-    def __init__(self, live: Tensor, block_of: Tensor, kv_heads: int) -> None:
-        batch, blocks = live.shape[0], live.shape[3]
-        sizes = torch.bincount(block_of)
-        order = block_of.argsort(stable=True)
-        self.columns = order.split(sizes.tolist())
-        flat = live.reshape(-1, blocks)
-        ends = (flat * sizes).cumsum(-1)
-        self.most = int(ends[:, -1].max())
-        chosen = live.reshape(batch * kv_heads, -1, blocks).transpose(1, 2)  # (B * G, N, rows)
+    def __init__(self, live: Tensor, blocks: _Blocks, kv_heads: int) -> None:
+        batch, count = live.shape[0], live.shape[3]
+        self.blocks = blocks
+        flat = live.reshape(-1, count)
+        slot = flat.cumsum(-1) - 1
+        self.most = int(slot[:, -1].max()) + 1
+        chosen = live.reshape(batch * kv_heads, -1, count).transpose(1, 2)  # (B * G, N, rows)
+        group, block, row = chosen.nonzero(as_tuple=True)
+        self.rows = group * chosen.shape[2] + row
+        self.places = self.rows * self.most + slot[self.rows, block]
         counts = chosen.sum(-1)
-        together = chosen.shape[2]
-        group, _, row = chosen.nonzero(as_tuple=True)
-        self.rows = group * together + row
         pieces = self.rows.split(counts[counts > 0].tolist())
         index = [(at // kv_heads, at % kv_heads, n) for at, n in counts.nonzero().tolist()]
         self.groups = list(zip(index, pieces, strict=True))
-        starts = ends - flat * sizes
-        places, keys = [], []
-        for (_, _, n), piece in self.groups:
-            slot = torch.arange(len(self.columns[n]), device=live.device)
-            place = (piece * self.most + starts[piece, n]).unsqueeze(1) + slot
-            places.append(place.flatten())
-            keys.append(self.columns[n].expand(len(piece), -1).flatten())
-        self.places = torch.cat(places)
-        self.keys = order.new_zeros(len(flat) * self.most)
-        self.keys[self.places] = torch.cat(keys)
-        self.keys = self.keys.view(-1, self.most)
-        self.dead = torch.arange(self.most, device=live.device) >= ends[:, -1:]
+        number = block.new_full((len(flat) * self.most,), count)  # of no block: the last row below
+        number[self.places] = block
+        none = blocks.filled.new_zeros(1, blocks.most)
+        filled = torch.cat([blocks.filled, none])[number]
+        keys = torch.cat([blocks.keys, none.long()])[number]
+        self.keys, self.dead = keys.view(len(flat), -1), ~filled.view(len(flat), -1)
 
 
 def _pooled(x: Tensor, dim: int, block_of: Tensor, blocks: int) -> Tensor:
-    """Sums over the keys of each block."""
-    shape = list(x.shape)
-    shape[dim] = blocks
+    """Sums over the keys of each block, along the positive dimension ``dim``."""
+    keys = len(block_of)
+    size = int((block_of == 0).sum())
+    if bool((block_of == torch.arange(keys, device=x.device) // size).all()):  # runs of keys
+        full = keys // size * size
+        shape = (*x.shape[:dim], full // size, size, *x.shape[dim + 1 :])
+        sums = x.narrow(dim, 0, full).reshape(shape).sum(dim + 1)
+        if full == keys:
+            return sums
+        rest = x.narrow(dim, full, keys - full).sum(dim, keepdim=True)
+        return torch.cat([sums, rest], dim)
+    shape = (*x.shape[:dim], blocks, *x.shape[dim + 1 :])
     return x.new_zeros(shape).index_add(dim, block_of, x)
 
 

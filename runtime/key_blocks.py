@@ -20,16 +20,6 @@ from sparsify.errors import BadInput
 SELECTIONS = ("top-k", "global", "threshold")
 
 
-def sizes_of(text: str) -> tuple[int, ...]:
-    """``4x8x8`` as numbers; empty where the text is; BadInput for anything else."""
-    parts = text.split("x") if text else []
-    if len(parts) not in (0, 2, 3) or not all(
-        p.isascii() and p.isdigit() and int(p) > 0 for p in parts
-    ):
-        raise BadInput(f"'{text}' is no grid", help="two or three sizes: 8x8 or 4x8x8")
-    return tuple(map(int, parts))
-
-
 def tile_of_layer(grid: Sequence[int], tile: Sequence[int], layer: int) -> tuple[int, ...]:
     """What one block of a layer spans along each axis: the tile, or the whole axis.
 
@@ -57,7 +47,7 @@ def members(
     """int64 (S,): the block of every key.
 
     Without a grid, runs of ``block`` keys. With one, its tiles, the last of an axis smaller where
-    the tile does not divide it; further keys come first and are one block (class tokens, text).
+    the tile does not divide it; further keys (class tokens, text) come first, in runs of as many.
     """
     if not grid:
         return torch.arange(keys, device=device) // block
@@ -74,7 +64,8 @@ def members(
     number = number.flatten()
     if keys == wanted:
         return number
-    return torch.cat([number.new_zeros(keys - wanted), number + 1])
+    first = torch.arange(keys - wanted, device=device) // math.prod(tile)
+    return torch.cat([first, number + first[-1] + 1])
 
 
 def select(

@@ -23,8 +23,35 @@ from torch.nn.utils import parametrize
 from sparsify.errors import BadInput
 
 
-class LoRA(nn.Module):
+class Adapter(nn.Module):
     """``W -> W + scale * (B @ A)``, W of shape (..., D).
+
+    Args:
+        scale: of the change.
+
+    Attributes:
+        enabled: whether the change is applied.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.enabled = True
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (rows, r) and A (r, D)."""
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight in use."""
+        if not self.enabled:
+            return weight
+        b, a = self.factors()
+        return weight + (b @ a).mul(self.scale).view_as(weight)
+
+
+class LoRA(Adapter):
+    """An adapter with factors of its own.
 
     Args:
         weight: what is adapted; gives shape, dtype and device.
@@ -34,26 +61,20 @@ class LoRA(nn.Module):
 
     Attributes:
         a: (r, D); b: (rows, r), zero at first.
-        enabled: whether the change is applied.
     """
 
     def __init__(
         self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(alpha / rank)
         width = weight.shape[-1]
         a = torch.empty(rank, width, dtype=torch.float32)
         a.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
         self.a = nn.Parameter(a.to(weight))
         self.b = nn.Parameter(weight.new_zeros(weight.numel() // width, rank))
-        self.scale = alpha / rank
-        self.enabled = True
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight in use."""
-        if not self.enabled:
-            return weight
-        return weight + (self.b @ self.a).mul(self.scale).view_as(weight)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.b, self.a
 
     def extra_repr(self) -> str:
         return f"rank={self.a.shape[0]}, scale={self.scale:g}"
@@ -83,12 +104,22 @@ def add(
     if rank < 1:
         raise BadInput(f"rank={rank} is not a rank", help="at least 1; 8 is usual")
     generator = torch.Generator().manual_seed(seed)
-    owners: dict[int, str] = {}
     found: dict[str, LoRA] = {}
+    for name, weight in adaptable(model, names).items():
+        sides = min(weight.shape[-1], weight.numel() // weight.shape[-1])
+        used = min(rank, sides)
+        found[name] = LoRA(weight, used, used if alpha is None else alpha * used / rank, generator)
+        attach(model, name, found[name])
+    return found
+
+
+def adaptable(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """name -> weight; BadInput where one cannot be adapted."""
+    owners: dict[int, str] = {}
+    found = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        weight = owner._parameters.get(leaf)
+        weight = model.get_submodule(path)._parameters.get(leaf)
         if weight is None or weight.dim() < 2:
             raise BadInput(f"'{name}' is no weight that LoRA can adapt")
         if id(weight) in owners:
@@ -98,23 +129,35 @@ def add(
                 help="leave tied weights out",
             )
         owners[id(weight)] = name
-        sides = min(weight.shape[-1], weight.numel() // weight.shape[-1])
-        used = min(rank, sides)
-        adapter = LoRA(weight, used, used if alpha is None else alpha * used / rank, generator)
-        weight.requires_grad_(False)
-        parametrize.register_parametrization(owner, leaf, adapter)
-        found[name] = adapter
+        found[name] = weight
     return found
 
 
-def adapters(model: nn.Module) -> dict[str, LoRA]:
+def attach(model: nn.Module, name: str, adapter: Adapter) -> None:
+    """Put an adapter on a weight, which is frozen."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    getattr(owner, leaf).requires_grad_(False)
+    parametrize.register_parametrization(owner, leaf, adapter)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """name -> parameter of the adapters; one that several share is named after the first."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, adapter in adapters(model).items():
+        for leaf, parameter in adapter.named_parameters():
+            found.setdefault(id(parameter), (f"{name}.{leaf}", parameter))
+    return dict(found.values())
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
     """name of the weight -> its adapter."""
     found = {}
     for path, module in model.named_modules():
-        if isinstance(module, LoRA):  # <owner>.parametrizations.<leaf>.0
-            owner, _, rest = path.rpartition(".parametrizations.")
+        if isinstance(module, Adapter):  # <owner>.parametrizations.<leaf>.0
+            owner, _, rest = f".{path}".rpartition(".parametrizations.")
             leaf = rest.rpartition(".")[0]
-            found[f"{owner}.{leaf}" if owner else leaf] = module
+            found[f"{owner}.{leaf}".lstrip(".")] = module
     return found
 
 
@@ -176,4 +219,8 @@ def _release(owner: nn.Module, leaf: str) -> None:
         del owner._modules["parametrizations"]
         owner.__class__ = type(owner).__bases__[0]
     else:
-        delattr(type(owner), leaf)
+        # A class without it, of this module alone: copies of the module have the old class, too.
+        kind = type(owner)
+        left_out = (leaf, "__dict__", "__weakref__")
+        body = {name: value for name, value in vars(kind).items() if name not in left_out}
+        owner.__class__ = type(kind.__name__, kind.__bases__, body)

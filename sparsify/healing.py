@@ -73,6 +73,7 @@ def heal(
     length: int = 256,
     rate: float = 1.0,
     rank: int = 8,
+    shards: int = 0,
     kl: float = 1.0,
     mse: float = 1.0,
     ce: float = 0.0,
@@ -100,6 +101,8 @@ def heal(
         batch: sequences per step; length: tokens of each.
         rate: factor on the learning rates of ``RATES``.
         rank: of LoRA.
+        shards: above 0, LoRA's factors are put together from shards, this many a vector, of pools
+            that the weights share (:mod:`sparsify.runtime.shards`); as many numbers train.
         kl, mse, ce: how much each part of the loss counts.
         schedule: ``linear``, ``cosine`` or ``cubic``: how budgets go down from ``start`` to what is
             healed at, over the first ``ramp`` of the steps (:mod:`sparsify.runtime.schedule`).
@@ -135,7 +138,7 @@ def heal(
     plan = {
         "train": train, "active": active, "steps": steps, "batch": batch, "length": length,
         "rate": rate, "rank": rank, "kl": kl, "mse": mse, "ce": ce, "every": every,
-        "schedule": schedule, "start": start, "ramp": ramp,
+        "schedule": schedule, "start": start, "ramp": ramp, "shards": shards,
         "seed": seed, "text": name, "tokens": rows.numel(), "sum": int(rows.sum()),
         "pipeline": sparse.pipeline,
     }  # fmt: skip
@@ -148,7 +151,7 @@ def heal(
         training = [m for m in sparse.modules() if m.training]
         sparse.eval()
         teacher = _frozen(sparse) if train == "all" else None
-        trainee = Trainee.of(sparse, train, rank=rank, seed=seed)
+        trainee = Trainee.of(sparse, train, rank=rank, seed=seed, pieces=shards)
         stack.callback(trainee.unfreeze)
         stack.callback(lambda: [m.train() for m in training])
         run = _Run(

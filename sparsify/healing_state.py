@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import BadCheckpoint, BadInput
-from sparsify.runtime import lora
+from sparsify.runtime import lora, shards
 from sparsify.runtime.budget import TABLES, Budgeted
 from sparsify.runtime.files import new_folder, read_json, sha256, write_json
 from sparsify.runtime.model import SparseModel
@@ -55,8 +55,10 @@ class Trainee:
     _start: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: SparseModel, train: Train, *, rank: int, seed: int) -> Trainee:
-        """Choose what trains, freeze the rest, put adapters on.
+    def of(
+        cls, model: SparseModel, train: Train, *, rank: int, seed: int, pieces: int = 0
+    ) -> Trainee:
+        """Choose what trains, freeze the rest, put adapters on (``pieces``: shards of a vector).
 
         Raises:
             BadInput: there is nothing to train.
@@ -82,8 +84,8 @@ class Trainee:
                 elif isinstance(module, RoutedModule) and parameter.dim() >= 2:
                     packed.append(name)
         if train == "lora":
-            made = lora.add(model, packed, rank=rank, seed=seed) if packed else {}
-            groups["lora"] = {f"{n}.{x}": getattr(a, x) for n, a in made.items() for x in "ab"}
+            shards.add_adapters(model, packed, rank=rank, count=pieces, seed=seed)
+            groups["lora"] = lora.trained(model)
         if train == "all":
             known = {id(p) for group in groups.values() for p in group.values()}
             rest = {n: p for n, p in model.named_parameters() if id(p) not in known}

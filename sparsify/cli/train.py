@@ -44,6 +44,10 @@ def heal(
     ] = None,
     rate: Annotated[float, typer.Option(metavar="R", help="Factor on the learning rates.")] = 1.0,
     rank: Annotated[int, typer.Option(metavar="N", help="Rank of the changes under lora.")] = 8,
+    shards: Annotated[
+        int,
+        typer.Option(metavar="N", help="Shards of a vector, in pools for all weights; 0 = none."),
+    ] = 0,
     schedule: Annotated[
         str | None,
         typer.Option(metavar="SHAPE", help="Go down from --start: linear | cosine | cubic."),
@@ -81,6 +85,7 @@ def heal(
     checks.fraction("--ramp", ramp)
     for option, count in (("--steps", steps), ("--rank", rank), ("--every", every)):
         checks.at_least(option, count, 1)
+    checks.at_least("--shards", shards, 0)
     for option, number in (("--rate", rate), ("--minutes", minutes)):
         if number is not None and not 0 < number < float("inf"):
             raise BadInput(f"{option} cannot be {number:g}", help="above 0")
@@ -103,6 +108,7 @@ def heal(
             minutes=minutes,
             rate=rate,
             rank=rank,
+            shards=shards,
             schedule=cast("Literal['linear', 'cosine', 'cubic'] | None", schedule),
             start=start,
             ramp=ramp,

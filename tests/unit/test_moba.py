@@ -277,6 +277,9 @@ def test_what_cannot_be() -> None:
         model = sparsify.compile(captured(name), text, reproducer=None)
         remarks = model.report.steps[0].remarks
         assert remarks and all(r.kind == "left" and why in r.reason for r in remarks)
-    for options, why in (("grid=4x4", "a tile for each axis"), ("grid=ax2 tile=2x2", "no grid")):
+    for options, why in (
+        ("grid=4x4", "a tile with as many"),
+        ("grid=ax2 tile=2x2", "cannot be 'ax2'"),
+    ):
         with pytest.raises(BadOption, match=why):
             sparsify.compile(captured("vit"), f"attn-moba{{{options}}}", reproducer=None)
