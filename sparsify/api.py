@@ -43,7 +43,7 @@ from sparsify.pipeline import (
     stop_on_failure,
 )
 from sparsify.probe import annotate
-from sparsify.regions import Matches, Region
+from sparsify.regions import Matches, Region, Stack
 from sparsify.report import Report, Step
 from sparsify.reproducer import reproduce
 from sparsify.rewrite import renamed
@@ -204,11 +204,12 @@ def inspect(model: Any, example: Any = None, *, progress: Progress | None = None
     seconds: dict[str, float] = {}
     loaded, captured, matches = _prepare(model, example, None, None, True, seconds, progress)
     rows = []
-    for region in matches.regions:
+    for region in (*matches.regions, *matches.stacks):
         applies: list[str] = []
         refused: list[Remark] = []
+        inside = region.layers if isinstance(region, Stack) else region.parts
         for name, cls in registry.all_passes().items():
-            mine = [r for r in (region, *region.parts) if isinstance(r, cls.region_type)]
+            mine = [r for r in (region, *inside) if isinstance(r, cls.region_type)]
             left = [remark for r in mine if (remark := _refusal(cls(), r)) is not None]
             if len(left) < len(mine):
                 applies.append(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from typing import Any
 
 from sparsify.core import Remark
@@ -21,6 +22,18 @@ class RegionRow:
     block: int | None
     applies: tuple[str, ...]
     refused: tuple[Remark, ...]
+
+
+def _wrapped(text: str, indent: int, width: int) -> list[str]:
+    """The text in lines of at most ``width``, further ones indented a little more."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent + 2),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +76,14 @@ class Inspection:
             paths = ", ".join(collapse(r.path for r in rows))
             lines.append(f"{first.kind:<12} {len(rows):>3} x  {paths}")
             facts = ", ".join(f"{k}={v}" for k, v in first.facts.items() if v not in (False, "?"))
-            lines.append(f"{'':18}{facts}")
+            lines += _wrapped(facts, 18, width)
             if first.where:
                 lines.append(f"{'':18}--> {first.where}")
-            lines.append(f"{'':18}applies: {', '.join(first.applies) or 'nothing'}")
+            lines += _wrapped(f"applies: {', '.join(first.applies) or 'nothing'}", 18, width)
             for remark in first.refused:
-                lines.append(f"{'':18}{remark.pass_name} refuses: {remark.reason}")
+                lines += _wrapped(f"{remark.pass_name} refuses: {remark.reason}", 18, width)
                 if remark.suggestion:
-                    lines.append(f"{'':18}  help: {remark.suggestion}")
+                    lines += _wrapped(f"help: {remark.suggestion}", 20, width)
         if not self.regions:
             lines.append("no attention and no feed-forward region was found")
         if self.blocks:
@@ -80,7 +93,7 @@ class Inspection:
         if self.near_misses:
             lines += ["", "near misses"]
             for miss in self.near_misses:
-                lines.append(f"  {miss.region_kind} at {miss.region}: {miss.reason}")
+                lines += _wrapped(f"{miss.region_kind} at {miss.region}: {miss.reason}", 2, width)
                 if miss.where:
                     lines.append(f"    --> {miss.where}")
         lines += [f"note: {note}" for note in self.notes]
