@@ -9,28 +9,40 @@ import torch
 from torch import Tensor
 
 from sparsify.core import Refused, Splice
-from sparsify.regions import Layer, Region
+from sparsify.regions import Attention, Layer, Region
 from sparsify.runtime.depth import EPS, RoutedLayer
 
 TOKENS = 4096  # calibration tokens kept per layer
 
 
-def check_layer(layer: Layer) -> None:
+def check_layer(layer: Layer, source: Layer | None = None) -> None:
     """Raise Refused where another depth pass has the layer, or its body cannot be taken out."""
     from sparsify.bodies import take_body
 
     if layer.rewritten_by is not None:
         raise Refused(f"{layer.rewritten_by} routes {layer.path} already")
-    take_body(layer)
+    take_body(layer, source)
 
 
 def routed_layer(
-    region: Region, layer: Layer, site: str, router: str, unit: int, dropped: Tensor | None
+    region: Region,
+    layer: Layer,
+    site: str,
+    router: str,
+    *,
+    unit: int = 0,
+    dropped: Tensor | None = None,
+    source: Layer | None = None,
 ) -> tuple[Splice, dict[str, str]]:
-    """The splice of one layer, and where the routed modules inside it go (old path -> new)."""
+    """The splice of one layer, and where the routed modules inside it go (old path -> new).
+
+    Args:
+        router: splice name of the router, of whose selection ``unit`` decides.
+        source: layer whose keys and values it attends to; see :func:`sparsify.bodies.take_body`.
+    """
     from sparsify.bodies import take_body
 
-    body = take_body(layer)
+    body = take_body(layer, source)
     region.sites[site].nodes = layer.sites["layer"].nodes
     region.sites[site].extra = layer.sites["layer"].extra
     name = "layer" if region is layer else f"layer_{layer.index - _first(region)}"
@@ -39,6 +51,7 @@ def routed_layer(
         body.inner,
         axes=body.axes,
         slots=body.slots,
+        keys=body.keys,
         unit=unit,
         dropped=dropped,
         flops=body.flops,
@@ -58,6 +71,18 @@ def routed_layer(
 
 def _first(region: Any) -> int:
     return int(region.layers[0].index)
+
+
+def is_causal(layer: Layer) -> bool:
+    """Whether a token of the layer must not depend on later ones."""
+    attends = any(isinstance(r, Attention) and r.causal for r in layer.inside)
+    return attends or bool(layer.sites["layer"].extra)
+
+
+def rule_for(router: str, causal: bool, calibrated: bool) -> str:
+    """Without data, budgets hold by expert choice only, which would look ahead if causal."""
+    alone = causal or calibrated if router == "auto" else router != "top-k"
+    return "threshold" if alone else "top-k"
 
 
 def updates(samples: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from sparsify.runtime.ffn import RoutedFFN
 FLOOR = 1e-12  # energies are floored here, relative to their mean, before the logarithm
 RIDGE = 0.1  # relative to the mean variance of the inputs; 0.001 to 0.1 differ by under 1 %
 SHRINK = 0.02  # of the compensation towards the plain means
+CHUNK = 1024  # tokens whose pairs of units are held at a time
 
 
 def fit_router(x: Tensor, energy: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
@@ -106,3 +107,31 @@ def fit_compensation(
     slopes = change[units:]
     constants = prior + change[:units] - centre[:, None] * slopes
     return constants.float(), slopes.float()
+
+
+def fit_modulation(dead: Tensor, given: Tensor, missing: Tensor) -> Tensor:
+    """Vectors by which dead units best multiply what live ones give, by ridge regression.
+
+    ``missing[t, d]`` is fitted by ``given[t, d] * sum of v[e, d] over the units e dead for t``: one
+    problem in R unknowns per output d. Shrunk towards zero, which changes nothing.
+
+    Args:
+        dead: (T, R) 1 where the unit is dead; given: (T, D) the live units' sum; missing: (T, D)
+            what it lacks.
+
+    Returns:
+        (R, D).
+    """
+    dead, given, missing = dead.double(), given.double(), missing.double()
+    units, width = dead.shape[1], given.shape[1]
+    i, j = torch.triu_indices(units, units)
+    half = dead.new_zeros(width, len(i))
+    for rows, weight in zip(dead.split(CHUNK), given.square().split(CHUNK), strict=True):
+        half.addmm_(weight.T, rows[:, i] * rows[:, j])
+    gram = dead.new_empty(width, units, units)
+    gram[:, i, j] = gram[:, j, i] = half
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    scale = diagonal.mean(1, keepdim=True)
+    diagonal.mul_(1 + SHRINK).add_(0.25 * SHRINK * scale).add_(scale == 0)
+    found: Tensor = torch.linalg.solve(gram, (given * missing).T @ dead)
+    return found.T.float().contiguous()

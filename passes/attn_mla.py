@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS = 8192  # calibration tokens kept per layer
-FLOOR = 1e-6  # added to C, relative to its mean diagonal: directions the data lack stay in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,27 +126,20 @@ def factors(
 
     The error table (what the last ranks carry, relative to the stream) where calibrated.
     """
-    import torch
-
+    from sparsify.passes._lowrank import weighted_svd
     from sparsify.runtime.budget import error_table
 
     weight = rows.double()
     width = weight.shape[1]
     x = attention.samples.get("x")
-    root = None
-    # cross attention projects its keys from elsewhere than x
-    if x is not None and part.ports["x"] is attention.ports["x"]:
-        second = x.double().T @ x.double() / len(x)
-        second.diagonal().add_(FLOOR * second.diagonal().mean().clamp_min(1e-30))
-        root = torch.linalg.cholesky(second)
-    left, values, _ = torch.linalg.svd(
-        weight if root is None else weight @ root, full_matrices=False
-    )
+    if part.ports["x"] is not attention.ports["x"]:
+        x = None  # cross attention projects its keys from elsewhere
+    left, values = weighted_svd(weight, x)
     size = min(len(weight), width)
     up = left[:, :size]
     errors = None
     energy = attention.samples.get("stream.energy")
-    if root is not None and energy is not None:
+    if x is not None and energy is not None:
         stream = float(energy.double().mean().clamp_min(1e-30))
         errors = error_table(values[:size].square().flip(0), 1 / stream)
     return up, up.T @ weight, errors

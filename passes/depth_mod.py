@@ -21,13 +21,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsify.core import EXACT, REORDERED, Claim, Pass, Refused, Rewrite, Splice, option
-from sparsify.regions import Attention, Layer
+from sparsify.core import EXACT, Claim, Pass, Refused, Rewrite, Splice, option
+from sparsify.regions import Layer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sparsify.runtime.budget import Rule
     from sparsify.runtime.depth import DepthRouter
 
 
@@ -72,32 +71,28 @@ class DepthMod(Pass[Layer]):
         from sparsify.passes._depth import routed_layer
 
         router, dropped = self._router(layer)
-        splice, moved = routed_layer(layer, layer, "layer", "router", 0, dropped)
+        splice, moved = routed_layer(layer, layer, "layer", "router", dropped=dropped)
         fitted = "calibrated" if layer.samples else "from weights"
         note = f"{router.rule} router ({fitted})"
         if splice.module.slots:
             note += ", cache slots of skipping tokens are empty"
-        claim = REORDERED if moved else None  # routed modules inside sum in another order
-        length = sum(region.length for region in layer.inside)
         splices = (Splice("router", router, ("x",)), splice)
-        return Rewrite(splices, (), note, moved=moved, claim=claim, length=length)
-
-    def _rule(self, layer: Layer) -> Rule:
-        """Without data, budgets hold by expert choice only, which would look ahead if causal."""
-        causal = bool(layer.sites["layer"].extra) or any(
-            isinstance(r, Attention) and r.causal for r in layer.inside
-        )
-        alone = causal or bool(layer.samples) if self.router == "auto" else self.router != "top-k"
-        return "threshold" if alone else "top-k"
+        return Rewrite(splices, (), note, moved=moved)
 
     def _router(self, layer: Layer) -> tuple[DepthRouter, Tensor | None]:
         """The block's router, and what skipping tokens get instead."""
-        from sparsify.passes._depth import normal_quantiles, plain_weight, updates
+        from sparsify.passes._depth import (
+            is_causal,
+            normal_quantiles,
+            plain_weight,
+            rule_for,
+            updates,
+        )
         from sparsify.passes._ridge import fit_router
         from sparsify.runtime.depth import DepthRouter
 
         dtype = layer.gm.meta.get("dtype")
-        rule = self._rule(layer)
+        rule = rule_for(self.router, is_causal(layer), bool(layer.samples))
         if not layer.samples:
             weight = plain_weight(layer.width, 1, layer.index).to(dtype)
             return DepthRouter(weight, rule=rule, quantiles=normal_quantiles()), None

@@ -27,6 +27,7 @@ from sparsify.regions import FeedForward
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from sparsify.runtime.ffn import RoutedFFN
     from sparsify.runtime.router import Router
 
 MOST = 64  # experts by default: finer blocks lose less, coarser ones run faster
@@ -64,6 +65,11 @@ class FfnMoe(Pass[FeedForward]):
     def _shared(self, experts: int) -> int:
         return experts // 4 if self.shared < 0 else self.shared
 
+    def _layer(self) -> type[RoutedFFN]:
+        from sparsify.runtime.ffn import RoutedFFN
+
+        return RoutedFFN
+
     def check(self, ffn: FeedForward) -> None:
         from sparsify.passes._experts import check_experts
 
@@ -77,7 +83,6 @@ class FfnMoe(Pass[FeedForward]):
 
     def rewrite(self, ffn: FeedForward) -> Rewrite:
         from sparsify.passes._experts import group, hidden_of, mean_outputs
-        from sparsify.runtime.ffn import RoutedFFN
         from sparsify.weights import packed_ffn
 
         experts = self._experts(ffn)
@@ -92,7 +97,7 @@ class FfnMoe(Pass[FeedForward]):
                 dropped = mean_outputs(ffn, hidden, order, experts).to(ffn.up.weight.dtype)
         else:
             router, dropped = self._from_weights(ffn, order, experts, shared), None
-        module = RoutedFFN.from_dense(
+        module = self._layer().from_dense(
             ffn.up.weight,
             ffn.gate.weight if ffn.gate is not None else None,
             ffn.down.weight,

@@ -151,6 +151,10 @@ class Budgeted(RoutedModule):
         """Units that a token uses at the budget ``active``, on average."""
         return self.shared + self.wanted(active)
 
+    def live_share(self, unit: int | None = None) -> float:
+        """Share of tokens that use ``unit`` at the present budget; None = mean over all units."""
+        return self.active
+
     def clamped(self, active: float) -> bool:
         """Whether the shared units alone exceed the budget ``active``."""
         return self.shared > active * self.units + 0.5
@@ -230,7 +234,7 @@ class Budgeted(RoutedModule):
         if not rule.mean or rule.per_unit or self.quantiles is None or not 0 < share < 1:
             return
         keys = self.keys(scores.detach())
-        shift = _selected(keys, 1 - share) - _quantile(self.quantiles, 1 - share)
+        shift = _selected(keys, 1 - share) - quantile(self.quantiles, 1 - share)
         name = "settled_alone" if alone else "settled"
         table = getattr(self, name)
         rows = [] if table is None else table.tolist()
@@ -264,7 +268,7 @@ class Budgeted(RoutedModule):
             return self.selector.default_cut(share)
         if self.selector.per_unit:
             return _row(self.quantiles, 1 - share)
-        return _quantile(self.quantiles, 1 - share) + self._shift() + self.drift
+        return quantile(self.quantiles, 1 - share) + self._shift() + self.drift
 
     def cut(self, extra: Tensor | None = None) -> Cut:
         """Where the rule cuts at the present budget; ``extra`` are its further scores."""
@@ -339,7 +343,7 @@ def error_table(losses: Tensor, scale: float = 1.0) -> Tensor:
     return torch.cat([lost.new_zeros(1), lost])[dead].float()
 
 
-def _quantile(ascending: Tensor, probability: float) -> float:
+def quantile(ascending: Tensor, probability: float) -> float:
     """Interpolated quantile of sorted values."""
     at = probability * (ascending.numel() - 1)
     low = math.floor(at)

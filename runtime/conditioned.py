@@ -21,6 +21,7 @@ from sparsify.errors import BadInput
 from sparsify.runtime.counters import Counter
 from sparsify.runtime.dispatch import watched
 from sparsify.runtime.ffn import RoutedFFN
+from sparsify.runtime.memo import stamp
 from sparsify.runtime.spec import routed
 
 if TYPE_CHECKING:
@@ -197,12 +198,11 @@ class ConditionedFFN(RoutedFFN):
 
     def _check(self) -> None:
         """Forget what was made of other weights, or at another budget."""
-        tensors = [t for t in self.parameters() if not t.is_inference()]
-        stamp: tuple[Any, ...] = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
-        stamp = (*stamp, self.router.setting, self.router.rule)
-        if stamp != self._stamp or len(tensors) != len(list(self.parameters())):
+        made_of = stamp(self)
+        now = made_of and (*made_of, self.router.setting, self.router.rule)
+        if now is None or now != self._stamp:
             self.forget()
-            self._stamp = stamp
+            self._stamp = now or ()
 
     def train(self, mode: bool = True) -> Self:
         self.forget()

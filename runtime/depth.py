@@ -137,6 +137,9 @@ class RoutedLayer(RoutedModule):
             token, ``s`` cached token, ``k`` cached and new tokens, ``.`` anything else.
         slots: (input, dimension) of the cache entry that each further output grows; the input's
             number counts the stream as 0.
+        keys: (input, dimension) of keys that come from another layer, for all tokens: live tokens
+            attend to all of them ("recursive KV sharing", arXiv:2507.10524), and the layer has no
+            cache entries; None = live tokens attend to live tokens.
         unit: which unit of the selection says who is live.
         dropped: (D,) what a token that skips the layer gets added; None = nothing.
         flops, weight_bytes: dense work of one token, routed modules inside not counted.
@@ -150,6 +153,7 @@ class RoutedLayer(RoutedModule):
         *,
         axes: Sequence[str],
         slots: Sequence[tuple[int, int]] = (),
+        keys: Sequence[int] | None = None,
         unit: int = 0,
         dropped: Tensor | None = None,
         flops: float = 0.0,
@@ -164,6 +168,7 @@ class RoutedLayer(RoutedModule):
         self.body.meta["dtype"] = dtype
         self.axes = tuple(axes)
         self.slots = tuple((int(a), int(b)) for a, b in slots)
+        self.keys = None if keys is None else (int(keys[0]), int(keys[1]))
         self.unit = unit
         self.dropped = None if dropped is None else as_parameter(dropped)
         self.flops, self.weight_bytes = flops, weight_bytes
@@ -189,6 +194,10 @@ class RoutedLayer(RoutedModule):
         weight = select.expand(batch, tokens, -1)[..., self.unit]
         live = weight != 0
         past = inputs[self.slots[0][0]].shape[self.slots[0][1]] if self.slots else 0
+        seen = 0
+        if self.keys is not None:
+            seen = inputs[self.keys[0]].shape[self.keys[1]]
+            past = seen - tokens
         cached = self._cached(inputs, batch, past)
         count = int(live.sum())
         self.counter.seen(batch * tokens, 1, count)
@@ -206,7 +215,8 @@ class RoutedLayer(RoutedModule):
                 for v, a in zip(inputs, self.axes, strict=True)
             ]
             self.counter.rows += new.numel()
-            out, *entries = self.body(len(rows), new.shape[1], old.shape[1], *taken)
+            before = old.shape[1] if self.keys is None else seen - new.shape[1]
+            out, *entries = self.body(len(rows), new.shape[1], before, *taken)
             if weight.requires_grad:
                 w = weight[rows[:, None], new][..., None]
                 out = out * w + taken[0] * (1 - w)
@@ -286,6 +296,7 @@ class RoutedLayer(RoutedModule):
             "modules": modules,
             "axes": list(self.axes),
             "slots": [list(slot) for slot in self.slots],
+            "keys": None if self.keys is None else list(self.keys),
             "unit": self.unit,
             "dropped": None if self.dropped is None else len(self.dropped),
             "dtype": None if self.dropped is None else dtype_name(self.dropped.dtype),
@@ -306,6 +317,7 @@ class RoutedLayer(RoutedModule):
             inner,
             axes=options["axes"],
             slots=options["slots"],
+            keys=options.get("keys"),
             unit=options["unit"],
             dropped=None if width is None else torch.empty(width, dtype=dtype_of(options["dtype"])),
             flops=options["flops"],

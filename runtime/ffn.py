@@ -202,6 +202,7 @@ class RoutedFFN(RoutedModule):
         weights = select if weighted else None
         self._by_expert(x, work, weights, total)
         if not work.all_live:
+            total.total = self._modulated(total.value(), select)
             for left, right in self._stand_ins(work.mask, scores):
                 total.add(None, left, right)
         return join_graph(total.value(), x, self.up).to(x.dtype)
@@ -216,6 +217,7 @@ class RoutedFFN(RoutedModule):
         total = Sum(len(x), self.down_bias, self.width, x)
         hidden = self._hidden(x, select, self.up, self.gate, self.up_bias, self.gate_bias)
         total.add(None, hidden, self.down.flatten(0, 1))
+        total.total = self._modulated(total.value(), select)
         for left, right in self._stand_ins(mask, scores):
             total.add(None, left, right)
         return total.value().to(x.dtype)
@@ -264,8 +266,13 @@ class RoutedFFN(RoutedModule):
         if self.down_bias is not None:
             y = y + self.down_bias
         if pairs < len(x) * self.experts:
+            y = self._modulated(y, select)
             for left, right in self._stand_ins(mask, scores):
                 y = torch.addmm(y, left.to(y.dtype), right)
+        return y
+
+    def _modulated(self, y: Tensor, select: Tensor) -> Tensor:
+        """What dead experts make of y (T, D), the live ones' sum with the bias: nothing here."""
         return y
 
     def neurons(self, x: Tensor) -> Tensor:

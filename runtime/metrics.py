@@ -17,13 +17,17 @@ Shared units are always live: they are left out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.errors import BadInput
+from sparsify.runtime.dial import routers
+from sparsify.runtime.router import Router
 
 SEGMENT = 16  # tokens; the paper's middle length
 CACHE = 2.0  # cache size over units in use: where the paper finds most models balanced
@@ -149,3 +153,73 @@ def segment_cache(masks: list[Tensor], segment: int = SEGMENT, cache: float = CA
                 idle = sorted(held - wanted, key=lambda unit: (soon[unit], -unit))
                 held -= set(idle[:over])
     return hits / needs
+
+
+# ---------------------------------------------------------------------------- while it trains
+
+
+class Loads:
+    """Inside ``with``, counts how many tokens use each routed unit of every router of a model.
+
+    Cheaper than :func:`facts`, and counts add up over several ``with``: for a training loop.
+
+    Attributes:
+        tokens: path -> tokens that the router has seen.
+        used: path -> float64 (R,), tokens that used each unit, as the routed module numbers them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.members = [
+            (path, r) for path, r in routers(model) if isinstance(r, Router) and r.routed
+        ]
+        self.tokens = {path: 0 for path, _ in self.members}
+        self.used = {p: torch.zeros(r.routed, dtype=torch.float64) for p, r in self.members}
+        self._hooks = contextlib.ExitStack()
+
+    def __enter__(self) -> Loads:
+        for path, router in self.members:
+            self._hooks.callback(router.register_forward_hook(self._count(path, router)).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def _count(self, path: str, router: Router) -> Any:
+        order = range(router.units) if router.order is None else router.order.tolist()
+        numbers = sorted(list(order)[router.shared :])
+
+        def hook(module: nn.Module, inputs: Any, select: Tensor) -> None:
+            rows = select.detach().reshape(-1, router.units)[:, numbers]
+            self.tokens[path] += len(rows)
+            self.used[path] += (rows != 0).sum(0).double().cpu()
+
+        return hook
+
+    def balance(self) -> dict[str, Any]:
+        """How even the load is; empty where nothing was counted.
+
+        Returns:
+            ``entropy`` (1 = even) and ``imbalance`` (largest over mean load), means over routers;
+            ``dead_units``: routed units that no token used, over all routers; ``routers``: path ->
+            ``load`` (share of tokens per unit, 4 digits), ``entropy``, ``imbalance``, ``dead``.
+        """
+        rows = {}
+        for path, used in self.used.items():
+            if not self.tokens[path] or not float(used.sum()):
+                continue
+            load = used / self.tokens[path]
+            per_unit: dict[str, Any] = {
+                "load": [round(share, 4) for share in load.tolist()],
+                "entropy": entropy(load),
+                "imbalance": float(load.max() / load.mean()),
+                "dead": int((used == 0).sum()),
+            }
+            rows[path] = per_unit
+        if not rows:
+            return {}
+        return {
+            "entropy": sum(row["entropy"] for row in rows.values()) / len(rows),
+            "imbalance": sum(row["imbalance"] for row in rows.values()) / len(rows),
+            "dead_units": sum(row["dead"] for row in rows.values()),
+            "routers": rows,
+        }

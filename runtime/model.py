@@ -110,11 +110,16 @@ class SparseModel(nn.Module):
         past_key_values: Sequence[tuple[Tensor, Tensor]] | None = None,
         *,
         labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **others: Any,
     ) -> Any:
-        """Logits, the grown cache as (key, value) pairs, and the loss where labels are given."""
+        """Logits, the grown cache as (key, value) pairs, and the loss where labels are given.
+
+        The loss is a mean over the labels that count, or their sum over ``num_items_in_batch``, as
+        transformers' Trainer wants it under gradient accumulation.
+        """
         assert isinstance(self.call_spec, CausalCall)
         self.refuse(others)
         if input_ids is None:
@@ -124,7 +129,7 @@ class SparseModel(nn.Module):
         logits, cache = self.run_causal(
             input_ids, attention_mask, position_ids, past_key_values, logits_to_keep
         )
-        loss = None if labels is None else next_token_loss(logits, labels)
+        loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
         keep = use_cache is not False and bool(cache)
         items = {"loss": loss, "logits": logits, "past_key_values": cache if keep else None}
         return record("", **items)
@@ -314,9 +319,14 @@ def _routed(module: nn.Module) -> Iterator[nn.Module]:
             yield from _routed(child)
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of each token given the ones before; label -100 does not count."""
+def next_token_loss(logits: Tensor, labels: Tensor, count: int | Tensor | None = None) -> Tensor:
+    """Mean cross entropy of each token given the ones before; label -100 does not count.
+
+    With ``count`` it is their sum over that number: of a larger batch that this one is a part of.
+    """
     shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-    return nn.functional.cross_entropy(
-        logits.float().reshape(-1, logits.shape[-1]), shifted.reshape(-1), ignore_index=-100
-    )
+    total = nn.functional.cross_entropy(
+        logits.float().reshape(-1, logits.shape[-1]), shifted.reshape(-1), ignore_index=-100,
+        reduction="mean" if count is None else "sum",
+    )  # fmt: skip
+    return total if count is None else total / count

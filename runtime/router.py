@@ -102,7 +102,9 @@ class Router(Budgeted):
 
     def scores(self, x: Tensor) -> Tensor:
         """(..., R) scores of the routed units, in float32 or wider."""
-        scores = _wide(nn.functional.linear(x, self.weight, self.bias))
+        return self._steered(_wide(nn.functional.linear(x, self.weight, self.bias)))
+
+    def _steered(self, scores: Tensor) -> Tensor:
         if self.steer is None:
             return scores
         unit = scores.std(-1, keepdim=True) if self.steer_relative else 1.0

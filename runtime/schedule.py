@@ -61,13 +61,15 @@ class Schedule:
 
     def budget(self, step: int) -> float:
         """The active budget in force during ``step`` (the first step is 0)."""
+        left = self.left(step)
+        return self.end + (self.start - self.end) * left if left else self.end
+
+    def left(self, step: float) -> float:
+        """How much of the way is left in ``step``: 1 at its start, exactly 0 from its end on."""
         gone = step - self.delay
-        if gone < 0:
-            return self.start
         if gone >= self.steps:
-            return self.end
-        left = _LEFT[self.shape](gone / self.steps)
-        return self.end + (self.start - self.end) * left
+            return 0.0
+        return _LEFT[self.shape](gone / self.steps) if gone > 0 else 1.0
 
     def apply(self, model: nn.Module, step: int) -> float:
         """Turn the model's dial to the budget of ``step``; returns it."""

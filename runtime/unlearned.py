@@ -40,10 +40,29 @@ def sparsity_scores(x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor
     """
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     x, up = x.to(wide), up.to(wide)
-    mean = x @ up.mean(1).t()
-    variance = x.square() @ up.var(1, correction=0).t()
-    if bias is not None:
-        mean = mean + bias.to(wide).mean(1)
-        variance = variance + bias.to(wide).var(1, correction=0)
-    z = mean / (2 * variance).clamp_min(torch.finfo(wide).tiny).sqrt()
-    return -(1 + torch.erf(z)) / 2
+    bias = up.new_zeros(up.shape[:2]) if bias is None else bias.to(wide)
+    return -expected_active(
+        x, up.mean(1), bias.mean(1), up.var(1, correction=0), bias.var(1, correction=0)
+    )
+
+
+def expected_active(
+    x: Tensor, mean: Tensor, bias: Tensor, variance: Tensor, bias_variance: Tensor
+) -> Tensor:
+    """The fraction of an expert's neurons expected to have a positive pre-activation.
+
+    Args:
+        x: (..., D); mean, variance: (N, D) of the weights into each expert's neurons; bias,
+            bias_variance: (N,) of their biases. All of one dtype.
+
+    Returns:
+        (..., N), between 0 and 1.
+    """
+    centre = torch.nn.functional.linear(x, mean, bias)
+    width = torch.nn.functional.linear(x.square(), variance, bias_variance)
+    spread = width > torch.finfo(x.dtype).tiny
+    # Neurons that are all alike (one neuron, or x = 0) are all active or none is; the formula's
+    # slope has no bound there, so no gradient is taken. erf(10) is 1 in float64.
+    z = centre / (2 * width).where(spread, 1).sqrt()
+    z = z.where(spread, 10 * centre.detach().sign())
+    return (1 + torch.erf(z)) / 2

@@ -8,7 +8,7 @@ Weisfeiler-Lehman fingerprint (networkx), labels being operation and shape.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import networkx as nx
@@ -104,13 +104,13 @@ def below(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def above(node: fx.Node) -> set[fx.Node]:
-    """``node`` and all that it is computed from."""
+def above(node: fx.Node, stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """``node`` and all that it is computed from, up to ``stop`` (left out)."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         walk = stack.pop()
-        if walk not in seen:
+        if walk not in seen and walk not in stop:
             seen.add(walk)
             stack.extend(walk.all_input_nodes)
     return seen

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from sparsify.blocks import above, below
 from sparsify.core import Refused
 from sparsify.layers import between, slots_of
 from sparsify.probe import attribute, op_base, shape_of
@@ -30,7 +31,7 @@ class Body:
 
     Attributes:
         graph, inner: for RoutedLayer; inputs: nodes of the outer graph, the stream first.
-        axes, slots, flops, weight_bytes, attention: see RoutedLayer.
+        axes, slots, keys, flops, weight_bytes, attention: see RoutedLayer.
         moved: path of a routed module in the outer graph -> its path under ``inner``.
     """
 
@@ -39,30 +40,41 @@ class Body:
     inputs: list[fx.Node]
     axes: list[str]
     slots: list[tuple[int, int]]
+    keys: tuple[int, int] | None
     flops: float
     weight_bytes: float
     attention: tuple[float, float]
     moved: dict[str, str]
 
 
-def take_body(layer: Layer) -> Body:
+def take_body(layer: Layer, source: Layer | None = None) -> Body:
     """The layer's body; its site then knows the nodes it replaces.
+
+    Args:
+        source: an earlier layer whose keys and values this one attends to, instead of its own.
 
     Raises:
         Refused: the body cannot run on some of the tokens.
     """
     gm, x, y = layer.gm, layer.ports["x"], layer.ports["y"]
-    inside = between(x, y)
+    leaves = slots_of(between(x, y), y)
+    given = {} if source is None else shared_entries(layer, source, leaves)
+    inside = between(x, y, given)
     nodes = [n for n in gm.graph.nodes if n in inside and n.op != "get_attr"]
-    leaves = slots_of(inside, y)
     sizes = _Sizes(x, leaves, inside)
     inputs = [x]
     for node in nodes:
-        for source in node.all_input_nodes:
-            outside = source not in inside or source.op == "get_attr"
-            if outside and source not in inputs and not _is_int(source):
-                inputs.append(source)
+        for read in node.all_input_nodes:
+            outside = read not in inside or read.op == "get_attr"
+            if outside and read not in inputs and not _is_int(read):
+                inputs.append(read)
     axes = [sizes.axes(node) for node in inputs]
+    keys = None
+    if given:  # every token attends to all keys, whoever else is live
+        leaves = ()
+        at = next(i for i, node in enumerate(inputs) if node in given)
+        keys = (at, axes[at].index("k"))
+        axes = [letters.replace("k", ".") for letters in axes]
     graph = fx.Graph()
     made = {name: graph.placeholder(name) for name in ("rows", "tokens", "past")}
     values: dict[fx.Node, fx.Node] = {}
@@ -72,9 +84,9 @@ def take_body(layer: Layer) -> Body:
     moved: dict[str, str] = {}
     flops = weight_bytes = 0.0
     for node in nodes:
-        for source in node.all_input_nodes:
-            if source not in values:
-                values[source] = sizes.number(source, graph, made, values)
+        for read in node.all_input_nodes:
+            if read not in values:
+                values[read] = sizes.number(read, graph, made, values)
         copy = graph.node_copy(node, lambda n: values[n])
         _resize(copy, node, sizes, made)
         copy.meta = {k: v for k, v in node.meta.items() if k in ("casts", "captured")}
@@ -101,7 +113,49 @@ def take_body(layer: Layer) -> Body:
     for site in layer.sites.values():
         site.nodes = tuple(nodes)
         site.extra = leaves
-    return Body(graph, inner, inputs, axes, slots, flops, weight_bytes, _attention(layer), moved)
+    inputs = [given.get(node, node) for node in inputs]
+    attention = _attention(layer)
+    return Body(graph, inner, inputs, axes, slots, keys, flops, weight_bytes, attention, moved)
+
+
+def shared_entries(
+    layer: Layer, source: Layer, leaves: Sequence[fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """The layer's cache entries -> those of ``source`` that stand in for them.
+
+    Raises:
+        Refused: the layer does not attend to its cache entries as they are.
+    """
+    found: dict[fx.Node, fx.Node] = {}
+    for mine, theirs in zip(layer.inside, source.inside, strict=True):
+        if not isinstance(mine, Attention) or not isinstance(theirs, Attention):
+            continue
+        if mine.rewritten_by is not None or theirs.rewritten_by is not None:
+            raise Refused(f"{mine.path} is rewritten: its keys and values cannot be shared")
+        found |= {mine.ports[port]: theirs.ports[port] for port in ("k", "v")}
+    if not leaves or set(found) != set(leaves):
+        raise Refused(
+            "its attention does not read a key/value cache as it is: nothing to share",
+            suggestion="kv=recursion",
+        )
+    for node in below(layer.ports["x"]) & above(layer.ports["y"]):
+        causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+        if op_base(node) == "scaled_dot_product_attention" and causal is not False:
+            raise Refused(
+                "its attention takes the order of tokens from their number, not from a mask",
+                suggestion="kv=recursion",
+            )
+    return found
+
+
+def hand_over(layer: Layer, source: Layer) -> None:
+    """Let the graph's outputs take the cache entries of ``source`` for those of ``layer``."""
+    y = layer.ports["y"]
+    inside = between(layer.ports["x"], y)
+    given = shared_entries(layer, source, slots_of(inside, y))
+    for mine, theirs in given.items():
+        for user in [user for user in mine.users if user not in inside]:
+            user.replace_input_with(mine, theirs)
 
 
 def _attention(layer: Layer) -> tuple[float, float]:

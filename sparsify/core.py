@@ -167,7 +167,7 @@ class Rewrite:
     moved: Mapping[str, str] = dataclasses.field(
         default_factory=dict
     )  # modules: path before -> now
-    claim: Claim | None = None  # where modules taken along allow less than the pass claims
+    claim: Claim | None = None  # where this region gets less than the pass claims
     length: int = 0  # roundings on the longest path, for the REORDERED tolerance; 0 = the region's
 
 

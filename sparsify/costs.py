@@ -54,7 +54,8 @@ def facts(gm: fx.GraphModule, regions: Sequence[Region], *, context: int = CONTE
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
             if isinstance(module, RoutedModule):
-                add(type(module).__name__, module.cost(_active(gm, node), context))
+                active = _active(gm, node, getattr(module, "unit", None))
+                add(type(module).__name__, module.cost(active, context))
     nodes = set(gm.graph.nodes)
     for region in regions:
         here = region.ports["y"] in nodes  # else it lies inside a routed layer, which counts it
@@ -77,13 +78,13 @@ def _tokens(regions: Sequence[Region]) -> int:
     return max(counts, default=1)
 
 
-def _active(gm: fx.GraphModule, node: fx.Node) -> float | None:
+def _active(gm: fx.GraphModule, node: fx.Node, unit: int | None) -> float | None:
     """The budget of the router that selects for this module, where it is another node."""
     for arg in node.all_input_nodes:
         if arg.op == "call_module":
             module = gm.get_submodule(str(arg.target))
             if isinstance(module, Budgeted):
-                return module.active
+                return module.live_share(unit)
     return None
 
 

@@ -22,7 +22,8 @@ from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.counters import counters, reset
 from sparsify.runtime.dial import kept, routers, set_active
 from sparsify.runtime.router import Router
-from sparsify.static_pruning import Plan, all_live, plan, prunable, pruned, rank, weighted
+from sparsify.static_layers import LayerPlan, layer_plans, layers_of, rank_layers
+from sparsify.static_pruning import Plan, all_live, plan, prunable, rank, weighted
 
 Run = Callable[[Tensor], Any]  # token ids (batch, token) -> logits, or an output that has them
 Progress = Callable[[str, int, int], None]
@@ -287,13 +288,21 @@ def _row(
 
 def _plans(
     model: nn.Module, call: Run, calibration: Sequence[Tensor], live: Mapping[float, Any]
-) -> dict[str, tuple[float, Plan]]:
+) -> dict[str, tuple[float, Plan | LayerPlan]]:
     """Name -> (budget, plan): the ways to prune that are tried at each budget."""
+    found: dict[str, tuple[float, Plan | LayerPlan]] = {}
+    whole = {p for p in layers_of(model) if any(p in f for f in live.values())}
+    if calibration and whole:
+        ranking = rank_layers(model, call, calibration)
+        for active, fractions in live.items():
+            share = [f for p, f in fractions.items() if p in whole]
+            for way in layer_plans(ranking, sum(share) / len(share)):
+                found[f"static {active} {way.note}"] = (active, way)
+        return found
     if not calibration or not live or not prunable(model):
         return {}
     rankings = rank(model, call, calibration)
     found_units, weights = prunable(model), _weights(model)
-    found: dict[str, tuple[float, Plan]] = {}
     for active, fractions in live.items():
         layers = {p: f for p, f in fractions.items() if p in rankings}
         if not layers:
@@ -354,9 +363,9 @@ def _at(model: nn.Module, call: Run, active: float, pass_name: str | None = None
     return run
 
 
-def _static(model: nn.Module, call: Run, chosen: Plan) -> Run:
+def _static(model: nn.Module, call: Run, chosen: Plan | LayerPlan) -> Run:
     def run(ids: Tensor) -> Any:
-        with pruned(model, chosen):
+        with chosen.applied(model):
             return call(ids)
 
     return run
@@ -366,7 +375,12 @@ def _counting(
     model: nn.Module, run: Run, sums: dict[str, Any], pass_name: str | None = None
 ) -> Run:
     """Adds live and all units of every prunable module to ``sums``."""
-    paths = {p for p, u in prunable(model).items() if pass_name in (None, u.module.pass_name)}
+    whole: Mapping[str, Any] = layers_of(model)
+    units = {p: u.module for p, u in prunable(model).items()}
+    mine = [
+        {p for p, m in kind.items() if pass_name in (None, m.pass_name)} for kind in (whole, units)
+    ]
+    paths = mine[0] or mine[1]
 
     def counted(ids: Tensor) -> Any:
         reset(model)

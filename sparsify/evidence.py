@@ -7,16 +7,19 @@ with the dense run's and then replaced by it, so the next region again sees dens
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.core import Claim
+from sparsify.core import REORDERED, Claim
 from sparsify.regions import Region
 from sparsify.report import Evidence
 from sparsify.runtime.spec import is_routed
+
+Proven = tuple[Claim, int]  # a claim, and the roundings on the longest path it is about
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -113,7 +116,7 @@ def forced_values(
 def check_regions(
     gm: fx.GraphModule,
     example: Sequence[Tensor],
-    rewritten: Sequence[tuple[Region, Claim, int]],
+    rewritten: Sequence[tuple[Region, Sequence[Proven]]],
     dense: Mapping[str, Tensor],
     also_force: Sequence[Region] = (),
 ) -> list[Evidence]:
@@ -122,24 +125,24 @@ def check_regions(
     Args:
         gm: the graph after the pass.
         example: flat example inputs.
-        rewritten: (region, claim, rounding length).
+        rewritten: (region, its claim and those of routed modules that it took along).
         dense: region key (``kind:path``) -> result of the dense run.
         also_force: other regions whose results are also replaced by the dense ones.
     """
-    marks = {r.ports["y"]: dense[key(r)] for r in [*also_force, *(r for r, _, _ in rewritten)]}
+    marks = {r.ports["y"]: dense[key(r)] for r in [*also_force, *(r for r, _ in rewritten)]}
     runner = _Forced(gm, marks)
     with torch.no_grad(), dense_limit(gm):
         runner.run(*example)
     found = []
-    for region, claim, length in rewritten:
+    for region, claims in rewritten:
         error, scale = runner.errors[region.ports["y"]]
         dtype = dense[key(region)].dtype
-        limit = claim.tolerance(unit_roundoff(dtype), length or region.length, scale)
+        limit = allowed(claims, dtype, scale)
         found.append(
             Evidence(
                 "region",
                 region.path,
-                str(claim),
+                _named(claims),
                 _dtype(dtype),
                 error,
                 scale,
@@ -154,7 +157,7 @@ def check_end_to_end(
     gm: fx.GraphModule,
     example: Sequence[Tensor],
     golden: Sequence[Tensor],
-    claims: Sequence[tuple[Claim, int]],
+    claims: Sequence[Proven],
 ) -> Evidence:
     """Evidence for the model's outputs, all rewrites so far together.
 
@@ -164,22 +167,15 @@ def check_end_to_end(
     with torch.no_grad(), dense_limit(gm):
         outputs = gm(*example)
     worst: Evidence | None = None
-    exact = all(claim.kind == "EXACT" for claim, _ in claims)
-    length = sum(n for claim, n in claims if claim.kind != "EXACT")
-    bounded = sum(claim.eps for claim, _ in claims if claim.kind == "BOUNDED")
-    approximate = any(claim.kind == "APPROXIMATE" for claim, _ in claims)
-    names = sorted({str(claim) for claim, _ in claims})
     for found, expected in zip(outputs, golden, strict=True):
         if not isinstance(expected, Tensor) or not expected.is_floating_point():
             continue
         error, scale = error_between(found, expected)
-        reordered = Claim("REORDERED").tolerance(unit_roundoff(expected.dtype), length, scale)
-        limit = 0.0 if exact else reordered + bounded * scale
-        limit = float("inf") if approximate else limit
+        limit = allowed(claims, expected.dtype, scale)
         this = Evidence(
             "end-to-end",
             "",
-            "+".join(names),
+            _named(claims),
             _dtype(expected.dtype),
             error,
             scale,
@@ -192,7 +188,25 @@ def check_end_to_end(
     return worst
 
 
+def allowed(claims: Sequence[Proven], dtype: torch.dtype, scale: float) -> float:
+    """Largest absolute error that rewrites with these claims may give together."""
+    if all(claim.kind == "EXACT" for claim, _ in claims):
+        return 0.0
+    if any(claim.kind == "APPROXIMATE" for claim, _ in claims):
+        return float("inf")
+    length = sum(n for claim, n in claims if claim.kind == "REORDERED")
+    eps = sum(claim.eps for claim, _ in claims)
+    reordered = REORDERED.tolerance(unit_roundoff(dtype), length, scale) if length else 0.0
+    return reordered + eps * max(scale, 1e-30)
+
+
+def _named(claims: Sequence[Proven]) -> str:
+    return "+".join(sorted({str(claim) for claim, _ in claims}))
+
+
 def _badness(evidence: Evidence) -> float:
+    if math.isinf(evidence.tolerance):
+        return evidence.error / max(evidence.scale, 1e-30)
     return evidence.error / evidence.tolerance if evidence.tolerance > 0 else evidence.error * 1e30
 
 

@@ -7,8 +7,9 @@ The dense model teaches the routed one (:mod:`sparsify.healing_loss`) on a littl
 * ``all``: every weight; the teacher is then a frozen copy of the model (memory for two).
 
 Budgets hold meanwhile (:class:`sparsify.runtime.training.Thresholds`) and thresholds are fitted
-anew at the end. A tenth of the text is kept for measuring: the best step by mean KL wins, and a
-model that did not get better is left as it was, and that is said.
+anew at the end. With a schedule the model starts denser and is turned down over the first steps. A
+tenth of the text is kept for measuring: the best step by mean KL wins, and a model that did not get
+better is left as it was, and that is said.
 """
 
 from __future__ import annotations
@@ -26,97 +27,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.corpus import token_blocks
-from sparsify.errors import BadInput, OutputError, SparsifyError, did_you_mean
+from sparsify.errors import BadInput, SparsifyError
 from sparsify.evaluate import compare
 from sparsify.healing_loss import Distiller
-from sparsify.healing_state import TRAIN, Progressed, Train, Trainee, exists, read, write
+from sparsify.healing_options import check_checkpoint, check_options, check_schedule, rows_of
+from sparsify.healing_result import Healing, Row
+from sparsify.healing_state import Progressed, Train, Trainee, read, write
 from sparsify.report import Report
+from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.counters import counters, reset
-from sparsify.runtime.dial import kept, set_active
+from sparsify.runtime.dial import kept, routers, set_active
+from sparsify.runtime.metrics import Loads
 from sparsify.runtime.model import SparseModel
+from sparsify.runtime.schedule import Schedule, Shape
 from sparsify.runtime.training import Thresholds, masked, resettle
 from sparsify.saved import budget, load
 from sparsify.static_pruning import all_live
 
 Progress = Callable[[str, int, int], None]
-# AdamW steps are about the learning rate in every coordinate: per kind of parameter.
-RATES = {"routers": 1e-3, "stand-ins": 1e-3, "lora": 1e-3, "weights": 2e-5}
-MEASURED = 2048  # tokens to measure on, at most
+# AdamW steps are about the learning rate in every coordinate: per kind of parameter. Stand-ins of
+# all dead units add up and have the same gradient, so theirs is small. SmolLM2, KL of steps 7-11 on
+# the same batches: untrained 0.516; routers and stand-ins at 1e-3 0.504; stand-ins at 1e-4 0.450,
+# at 3e-5 0.466; stand-ins at 1e-4 and routers at 4e-3 0.434. Whole runs end alike: perplexity 21.16
+# at 50.0% live after 64 steps with 1e-3 for both, 21.26 at 50.2% after 100 steps with these.
+RATES = {"routers": 4e-3, "stand-ins": 1e-4, "lora": 1e-3, "weights": 2e-5}
 SETTLED = 2048  # tokens that thresholds are fitted on at the end
 WARMUP = 5  # steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Healing:
-    """A healed model and how it got there.
-
-    Attributes:
-        model: the model that was given, healed in place.
-        train: what was trained; trained: how many numbers.
-        active: mean budget; text: name of the text.
-        improved: whether it got better; where not, the model is as it was.
-        start, final: ``perplexity``, ``dense``, ``kl`` (nats), ``live`` on the measuring text.
-        best_step: after which the kept weights came.
-        steps: a row per step: loss parts, gradient norm, budget, live share, learning rate factor.
-        evaluations: a row per evaluation.
-        seconds, cpu_seconds: wall and processor time, over all processes of a resumed healing.
-        stopped: why it ended: ``steps``, ``minutes`` or ``no better``.
-    """
-
-    model: SparseModel
-    train: str
-    trained: int
-    active: float
-    text: str
-    improved: bool
-    start: dict[str, float]
-    final: dict[str, float]
-    best_step: int
-    steps: tuple[dict[str, float], ...]
-    evaluations: tuple[dict[str, float], ...]
-    seconds: float
-    cpu_seconds: float
-    stopped: str
-
-    @property
-    def closed(self) -> float:
-        """Share of the gap in perplexity to the dense model that was closed on this text."""
-        gap = self.start["perplexity"] - self.start["dense"]
-        return (self.start["perplexity"] - self.final["perplexity"]) / gap if gap > 0 else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values, without the model."""
-        plain = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"
-        }
-        return {
-            "format": "sparsify-healing", "format_version": 1, **plain, "closed": self.closed,
-        }  # fmt: skip
-
-    def summary(self) -> str:
-        """One line."""
-        if not self.improved:
-            return f"healing ({self.train}) did not improve the model, which is as it was"
-        a, b = self.start, self.final
-        return (
-            f"healed ({self.train}, {self.trained:,} numbers, {self.best_step} steps on "
-            f"{self.text}): perplexity {a['perplexity']:.2f} -> {b['perplexity']:.2f}, dense "
-            f"{a['dense']:.2f}; {self.closed:.0%} of the gap closed at {b['live']:.1%} live"
-        )
-
-    def text_table(self, width: int = 100) -> str:
-        """The evaluations as a table, and the summary."""
-        lines = [f"{'step':>6}{'perplexity':>12}{'ratio':>8}{'KL':>8}{'live':>8}"]
-        rows = [*self.evaluations, {"step": math.nan, **self.final}]
-        for row in rows:
-            step = "final" if row is rows[-1] else f"{row['step']:.0f}"
-            lines.append(
-                f"{step:>6}{row['perplexity']:>12.3f}{row['perplexity'] / row['dense']:>8.3f}"
-                f"{row['kl']:>8.3f}{row['live']:>8.1%}"
-            )
-        took = f"{self.seconds / 60:.1f} minutes ({self.cpu_seconds / 60:.1f} of CPU)"
-        return "\n".join([*lines, "", self.summary(), f"took {took}; ended by: {self.stopped}"])
 
 
 def heal(
@@ -135,6 +71,9 @@ def heal(
     kl: float = 1.0,
     mse: float = 1.0,
     ce: float = 0.0,
+    schedule: Shape | None = None,
+    start: float = 1.0,
+    ramp: float = 0.5,
     every: int = 20,
     patience: int = 3,
     seed: int = 0,
@@ -159,8 +98,13 @@ def heal(
         shards: above 0, LoRA's factors are put together from shards, this many a vector, of pools
             that the weights share (:mod:`sparsify.runtime.shards`); as many numbers train.
         kl, mse, ce: how much each part of the loss counts.
-        every: steps between evaluations (and checkpoints).
-        patience: evaluations without improvement before it stops; 0 = never.
+        schedule: ``linear``, ``cosine`` or ``cubic``: how budgets go down from ``start`` to what is
+            healed at, over the first ``ramp`` of the steps (:mod:`sparsify.runtime.schedule`).
+            None: at the budget to heal at from the first step on.
+        start: budget of the first step; routers that are to be denser than that stay as they are.
+        ramp: 0 < ramp <= 1.
+        every: steps between evaluations (and checkpoints); evaluations are at the budget healed at.
+        patience: evaluations without improvement, after the ramp, before it stops; 0 = never.
         seed: of the order of the text and of the adapters.
         tokenizer: default: the model's.
         checkpoint: folder for checkpoints; removed at the end. None = none are written.
@@ -178,18 +122,21 @@ def heal(
         BadCheckpoint: nothing to resume, or a checkpoint of another healing.
     """
     check_options(train, steps, minutes, batch, length, rate, rank, (kl, mse, ce), every)
+    check_schedule(schedule, start, ramp)
     folder = None if checkpoint is None else Path(checkpoint)
     check_checkpoint(folder, resume)
     sparse = model if isinstance(model, SparseModel) else load(model)
     if sparse.kind != "causal-lm":
         raise BadInput("only causal language models can be healed", help=f"this is a {sparse.kind}")
-    name, rows, measured = _text(sparse, text, tokenizer, batch, length, steps, seed)
+    name, rows, measured = rows_of(sparse, text, tokenizer, batch, length, steps, seed)
     plan = {
         "train": train, "active": active, "steps": steps, "batch": batch, "length": length,
         "rate": rate, "rank": rank, "kl": kl, "mse": mse, "ce": ce, "every": every,
-        "shards": shards, "seed": seed, "text": name, "tokens": rows.numel(),
-        "sum": int(rows.sum()), "pipeline": sparse.pipeline,
+        "schedule": schedule, "start": start, "ramp": ramp, "shards": shards,
+        "seed": seed, "text": name, "tokens": rows.numel(), "sum": int(rows.sum()),
+        "pipeline": sparse.pipeline,
     }  # fmt: skip
+    before = [(r, r.setting) for _, r in routers(sparse)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(seed)
@@ -209,10 +156,32 @@ def heal(
             found = run.all(resume)
         except BaseException:
             trainee.undo()
+            _turn(before)
             raise
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+Settings = list[tuple[Budgeted, tuple[float, int | None, float]]]
+
+
+def _turn(settings: Settings) -> None:
+    for router, setting in settings:
+        router.setting = setting
+
+
+def _schedule(plan: dict[str, Any], active: float) -> Schedule | None:
+    """The way down that a plan asks for; BadInput where it would go up."""
+    if plan["schedule"] is None:
+        return None
+    if plan["start"] <= active:
+        raise BadInput(
+            f"a schedule from {plan['start']:g} to {active:g} does not go down",
+            help="a larger start, or a smaller active",
+        )
+    steps = max(round(plan["ramp"] * plan["steps"]), 1)
+    return Schedule(active, steps, plan["start"], plan["schedule"])
 
 
 class _Run:
@@ -238,6 +207,8 @@ class _Run:
         self.progress = progress or (lambda event, done, total: None)
         self.steps = int(plan["steps"])
         self.active = budget(model)
+        self.settings: Settings = [(r, r.setting) for _, r in routers(model)]
+        self.schedule = _schedule(plan, self.active)
         groups = [
             {"params": list(group.values()), "lr": 0.0, "top": RATES[kind] * plan["rate"]}
             for kind, group in trainee.groups.items()
@@ -250,30 +221,26 @@ class _Run:
     def all(self, resume: bool) -> Healing:
         """From the start, or from a checkpoint, to the end."""
         done = self.done
-        settings = [(r, r.setting) for r in self._routers()]
         with self.thresholds, masked(self.model):
             if resume and self.folder is not None:
                 self.done = done = read(
                     self.folder, self.plan, self.trainee, self.optimizer, self.thresholds
                 )
             else:
-                self._evaluated(settings)
+                self._evaluated()
             stopped = ""
             while not (stopped := self._ended()):
                 self._step()
                 if done.step % int(self.plan["every"]) == 0 or self._ended():
-                    self._evaluated(settings)
+                    self._evaluated()
                     self._save()
-        return self._finish(stopped, settings)
-
-    def _routers(self) -> list[Any]:
-        with kept(self.model) as members:
-            return members
+        return self._finish(stopped)
 
     # -- one step
 
     def _step(self) -> None:
         done = self.done
+        self._ramp()
         factor = self._factor()
         for group in self.optimizer.param_groups:
             group["lr"] = group["top"] * factor
@@ -295,6 +262,16 @@ class _Run:
         )  # fmt: skip
         self.progress("heal", done.step, self.steps)
 
+    def _ramp(self) -> None:
+        """Turn every router to its part of the way down; at the end exactly to its setting."""
+        if self.schedule is None:
+            return
+        left = self.schedule.left(self._gone() * self.steps)
+        _turn(self.settings)
+        for router, (active, *_) in self.settings if left else ():
+            if active < self.schedule.start:
+                router.set_active(active + (self.schedule.start - active) * left, warn=False)
+
     def _batch(self, step: int) -> Tensor:
         """The sequences of a step: every epoch in an order of its own."""
         size, count = int(self.plan["batch"]), len(self.rows)
@@ -307,11 +284,16 @@ class _Run:
 
     def _factor(self) -> float:
         """Of the learning rates: linear warmup, then cosine down to a twentieth."""
+        gone = self._gone()
+        decay = 0.05 + 0.95 * (1 + math.cos(math.pi * min(gone, 1.0))) / 2
+        return min((self.done.step + 1) / WARMUP, 1.0) * decay
+
+    def _gone(self) -> float:
+        """How much of the training is over, by steps or by minutes."""
         gone = self.done.step / self.steps
         if self.minutes is not None:
             gone = max(gone, self.done.seconds / (60 * self.minutes))
-        decay = 0.05 + 0.95 * (1 + math.cos(math.pi * min(gone, 1.0))) / 2
-        return min((self.done.step + 1) / WARMUP, 1.0) * decay
+        return gone
 
     def _time(self) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -326,7 +308,8 @@ class _Run:
             return "steps"
         if self.minutes is not None and done.seconds >= 60 * self.minutes:
             return "minutes"
-        since = [row for row in done.evaluations if row["step"] > done.best_step]
+        settled = 0 if self.schedule is None else self.schedule.steps
+        since = [r for r in done.evaluations if r["step"] > max(done.best_step, settled)]
         last = done.evaluations[-1]["step"] if done.evaluations else 0
         if self.patience and last == done.step and len(since) >= self.patience:
             return "no better"
@@ -334,10 +317,10 @@ class _Run:
 
     # -- measuring
 
-    def _evaluated(self, settings: list[tuple[Any, Any]]) -> None:
+    def _evaluated(self) -> None:
         """Measure; keep what is best."""
         done = self.done
-        row = {"step": float(done.step), **self._measure(settings)}
+        row = {"step": float(done.step), **self._measure()}
         self._time()
         best = min((r["kl"] for r in done.evaluations), default=math.inf)
         done.evaluations.append({**row, "cpu_seconds": done.cpu_seconds})
@@ -346,10 +329,10 @@ class _Run:
             done.best = self.trainee.values()
             done.best_shifts = self.thresholds.shifts.clone()
 
-    def _measure(self, settings: list[tuple[Any, Any]]) -> dict[str, float]:
-        """Perplexity, KL and live share at the full budget of the healing."""
+    def _measure(self) -> Row:
+        """Perplexity, KL, live share and balance at the budget of the healing."""
         live = [0, 0]
-        model, distiller = self.model, self.distiller
+        model, distiller, loads = self.model, self.distiller, Loads(self.model)
 
         def dense(ids: Tensor) -> Any:
             with distiller.dense() as teacher:
@@ -357,15 +340,15 @@ class _Run:
 
         def routed(ids: Tensor) -> Any:
             reset(model)
-            output = model(input_ids=ids, use_cache=False)
+            with loads:
+                output = model(input_ids=ids, use_cache=False)
             for _, counter in counters(model):
                 live[0] += counter.units_live
                 live[1] += counter.units_total
             return output
 
         with kept(model):
-            for router, setting in settings:
-                router.setting = setting
+            _turn(self.settings)
             total = len(self.measured)
             scores = compare(
                 dense, {"routed": routed}, [self.measured],
@@ -376,6 +359,7 @@ class _Run:
             "dense": scores["dense"].perplexity,
             "kl": scores["routed"].mean_kl,
             "live": live[0] / max(live[1], 1),
+            **loads.balance(),
         }
 
     def _save(self) -> None:
@@ -384,10 +368,9 @@ class _Run:
 
     # -- the end
 
-    def _finish(self, stopped: str, settings: list[tuple[Any, Any]]) -> Healing:
+    def _finish(self, stopped: str) -> Healing:
         model, done, trainee = self.model, self.done, self.trainee
-        for router, setting in settings:
-            router.setting = setting
+        _turn(self.settings)
         start = {k: v for k, v in done.evaluations[0].items() if k not in ("step", "cpu_seconds")}
         final = start
         trained = trainee.count
@@ -396,7 +379,7 @@ class _Run:
             trainee.put(done.best)
             rows = self.rows[: max(SETTLED // self.rows.shape[1], 1)]
             resettle(model, lambda: model(input_ids=rows, use_cache=False))
-            final = self._measure(settings)
+            final = self._measure()
             improved = final["kl"] < start["kl"]  # thresholds were fitted on other text
         if improved:
             trainee.finish()
@@ -437,82 +420,3 @@ def _frozen(model: SparseModel) -> nn.Module:
     twin = copy.deepcopy(model)
     set_active(twin, 1.0)
     return twin.requires_grad_(False)
-
-
-def _text(
-    model: SparseModel,
-    text: Any,
-    tokenizer: Any,
-    batch: int,
-    length: int,
-    steps: int,
-    seed: int,
-) -> tuple[str, Tensor, Tensor]:
-    """(name, rows to train on, rows to measure on): the last tenth is for measuring."""
-    wanted = steps * batch * length
-    name, batches = token_blocks(
-        text, model.tokenizer if tokenizer is None else tokenizer,
-        length=length, limit=wanted + max(wanted // 9, length), seed=seed,
-    )  # fmt: skip
-    widths = {ids.shape[1] for ids in batches}
-    if len(widths) > 1:
-        raise BadInput("token ids of one length are needed", why=f"there are {sorted(widths)}")
-    rows = torch.cat(batches)
-    if len(rows) < 2 or rows.shape[1] < 2:
-        raise BadInput(
-            "the text is too short to heal on",
-            why=f"it gives {len(rows)} sequence of {rows.shape[1]} tokens; one is needed to train "
-            "on, another to measure on",
-            help="give more text, or a smaller length",
-        )
-    most = max(MEASURED // rows.shape[1], 1)
-    held = min(max(len(rows) // 10, 1), most)
-    return name, rows[:-held], rows[-held:]
-
-
-def check_options(
-    train: str,
-    steps: int,
-    minutes: float | None,
-    batch: int,
-    length: int,
-    rate: float,
-    rank: int,
-    weights: tuple[float, float, float],
-    every: int,
-) -> None:
-    """BadInput for the first option that makes no sense."""
-    if train not in TRAIN:
-        raise BadInput(
-            f"train cannot be '{train}'",
-            help=did_you_mean(train, TRAIN) or f"one of: {', '.join(TRAIN)}",
-        )
-    counts = {"steps": steps, "batch": batch, "length": length, "rank": rank, "every": every}
-    for name, value in counts.items():
-        least = 2 if name == "length" else 1
-        if value < least:
-            raise BadInput(f"{name} cannot be {value}", help=f"at least {least}")
-    for name, number in (("minutes", minutes), ("rate", rate)):
-        if number is not None and not 0 < number < math.inf:
-            raise BadInput(f"{name} cannot be {number:g}", help="above 0")
-    if not all(0 <= w < math.inf for w in weights) or not any(weights):
-        raise BadInput(
-            f"the parts of the loss cannot count {', '.join(f'{w:g}' for w in weights)}",
-            help="kl, mse and ce are 0 or more, and one of them is above 0",
-        )
-
-
-def check_checkpoint(folder: Path | None, resume: bool) -> None:
-    """OutputError where a checkpoint would be overwritten; BadInput where none is to be found."""
-    if folder is None:
-        if resume:
-            raise BadInput("nothing to resume from", help="name the folder: checkpoint=...")
-        return
-    if resume and not exists(folder):
-        raise BadInput(f"no checkpoint in {folder}", help="start without resume")
-    if not resume and exists(folder):
-        raise OutputError(
-            f"{folder} holds an unfinished healing", help="resume it, or remove that folder"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file", help="name a folder")

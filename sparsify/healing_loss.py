@@ -83,7 +83,8 @@ def results(model: nn.Module) -> dict[str, nn.Module]:
     for node in getattr(model, "graph").graph.nodes:  # noqa: B009  (SparseModel's, or its twin's)
         if node.op == "call_module":
             module = model.get_submodule(node.target)
-            if isinstance(module, RoutedModule) and getattr(type(module), "counts", True):
+            parts = (m for m in module.modules() if isinstance(m, RoutedModule))
+            if any(getattr(type(m), "counts", True) for m in parts):  # routers alone count nothing
                 last[str(node.target).rpartition(".")[0]] = (str(node.target), module)
     return dict(last.values())
 

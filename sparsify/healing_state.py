@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Train = Literal["routers", "lora", "all"]
 TRAIN: tuple[Train, ...] = get_args(Train)
 STATE, TENSORS, FORMAT = "state.json", "tensors.safetensors", 1
-STAND_INS = ("dropped", "slopes")  # what routed modules add for dead units
+STAND_INS = ("dropped", "slopes", "vectors")  # of routed modules, for dead units
 _NAMED = re.compile(r"step-(\d{5,})")
 
 
@@ -179,8 +179,8 @@ class Progressed:
     step: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    steps: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     best_shifts: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))
     best_step: int = 0

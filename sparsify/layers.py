@@ -9,7 +9,7 @@ look alike. Blocks of a run must have equal labelled graphs between their cuts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -86,9 +86,12 @@ def _stack(
     )
 
 
-def between(x: fx.Node, y: fx.Node) -> set[fx.Node]:
-    """What is computed from ``x`` for ``y``, with the weights it reads; ``y`` but not ``x``."""
-    inside = (below(x) & above(y)) - {x}
+def between(x: fx.Node, y: fx.Node, stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """What is computed from ``x`` for ``y``, with the weights it reads; ``y`` but not ``x``.
+
+    ``stop``: values that are given, with what is computed for them only.
+    """
+    inside = (below(x) & above(y, stop)) - {x}
     return inside | {a for n in inside for a in n.all_input_nodes if a.op == "get_attr"}
 
 

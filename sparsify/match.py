@@ -61,7 +61,21 @@ def find(gm: fx.GraphModule, example: tuple[Any, ...]) -> Matches:
     for region in regions:
         for part in region.parts:
             part.parent, part.block = region.path, region.block
+    _tell_peers(matches)
     return matches
+
+
+def _tell_peers(matches: Matches) -> None:
+    """Tell every projection which ones have its place in the other blocks of the run."""
+    start = 0
+    while start < len(matches.blocks):
+        members = range(start, start + matches.blocks[start].count)
+        parts = [[p for r in matches.regions if r.block == at for p in r.parts] for at in members]
+        if len({tuple(p.role for p in block) for block in parts}) == 1:
+            for peers in zip(*parts, strict=True):
+                for part in peers:
+                    part.peers = peers
+        start = members.stop
 
 
 def _number(regions: list[Region]) -> None:

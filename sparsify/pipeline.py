@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.core import Claim, Moved, Pass, Refused, Remark, Rewrite
+from sparsify.core import Moved, Pass, Refused, Remark, Rewrite
 from sparsify.costs import facts
 from sparsify.errors import ClaimFailed
-from sparsify.evidence import check_end_to_end, check_regions, key
+from sparsify.evidence import Proven, check_end_to_end, check_regions, key
 from sparsify.probe import annotate
 from sparsify.regions import Matches, NearMiss, Region
 from sparsify.report import Evidence, Step
@@ -47,7 +47,7 @@ class State:
     """What a run of passes changes: the graph, its regions, the stages and claims so far.
 
     ``dense`` holds every region's result on the example before any rewrite (float, small),
-    ``made`` the modules spliced in.
+    ``made`` the modules spliced in, ``proven`` what each was claimed to keep.
     """
 
     gm: fx.GraphModule
@@ -55,9 +55,10 @@ class State:
     golden: tuple[Tensor, ...]
     matches: Matches
     dense: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    claims: list[tuple[Claim, int]] = dataclasses.field(default_factory=list)
+    claims: list[Proven] = dataclasses.field(default_factory=list)
     stages: list[Stage] = dataclasses.field(default_factory=list)
     made: list[tuple[nn.Module, Pass[Any]]] = dataclasses.field(default_factory=list)
+    proven: dict[nn.Module, Proven] = dataclasses.field(default_factory=dict)
     moved: dict[str, str] = dataclasses.field(default_factory=dict)  # routed modules: was -> is
     only: Callable[[Region], bool] | None = None  # bisect narrows the regions with this
 
@@ -106,7 +107,7 @@ def run_stage(
     nodes_before = node_count(state.gm)
     remarks: list[Remark] = []
     moved: list[Moved] = []
-    done: list[tuple[Region, Claim, int]] = []
+    done: list[tuple[Region, list[Proven]]] = []
     everything = state.matches.all_regions
     mine = state.matches.of(work.region_type)
     for number, region in enumerate(mine):
@@ -114,13 +115,17 @@ def run_stage(
         if isinstance(outcome, Remark):
             remarks.append(outcome)
         else:
+            own = (outcome.claim or work.claim, outcome.length or region.length)
+            taken = [state.gm.get_submodule(path) for path in outcome.moved]
+            inside = dict.fromkeys(state.proven[m] for m in taken if m in state.proven)
             names = splice(state.gm, region, outcome, work.name, everything)
             state.made += [(part.module, work) for part in outcome.splices]
             for was, now in outcome.moved.items():
                 state.moved[was] = next(
                     (now.replace(a, b, 1) for a, b in names.items() if now.startswith(f"{a}.")), now
                 )
-            done.append((region, outcome.claim or work.claim, outcome.length or region.length))
+            done.append((region, [own, *inside]))
+            state.proven |= dict.fromkeys((part.module for part in outcome.splices), own)
             moved.extend(renamed(outcome.weights, names))
             remarks.append(
                 Remark(
@@ -137,7 +142,7 @@ def run_stage(
         for m in state.matches.near_misses
         if m.kind == work.region_type.kind
     ]
-    state.claims += [(claim, length) for _, claim, length in done]
+    state.claims += [claims[0] for _, claims in done]
     evidence: list[Evidence] = []
     if done and verify == "each":
         others = [r for r in everything if r.rewritten_by is not None]

@@ -12,7 +12,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from torch import Tensor, fx
+    from torch import Tensor, fx, nn
 
     from sparsify.runtime.program import Program
 
@@ -64,6 +64,7 @@ class Region:
         blocked: why no pass can rewrite it any more, where a region that overlaps was rewritten.
         block: index of the repeated block it lies in, or None.
         parts: smaller regions inside it (its projections); Matches.all_regions lists them too.
+        made: splice name -> module, of the pass that rewrote it.
     """
 
     kind: ClassVar[str] = "Region"
@@ -78,6 +79,7 @@ class Region:
     blocked: str | None = None
     block: int | None = None
     parts: list[Projection] = dataclasses.field(default_factory=list, repr=False)
+    made: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def condition_width(self) -> int:
@@ -116,7 +118,8 @@ class Projection(Region):
     ``role``: what it is in the larger region, ``up``, ``gate``, ``down``, ``query``, ``key``,
     ``value``, ``output``, or several joined by ``+`` where they are fused. ``parent``: its path.
     ``time_major``: rows run over (T, B) inside the region, not (B, T). ``beside``: all projections
-    of the larger region that read the same ``x``, this one included.
+    of the larger region that read the same ``x``, this one included. ``peers``: the projections
+    with its role in all blocks of the run, in order, this one included; empty outside such a run.
     """
 
     kind: ClassVar[str] = "Projection"
@@ -125,6 +128,7 @@ class Projection(Region):
     parent: str = dataclasses.field(kw_only=True, default="")
     time_major: bool = dataclasses.field(kw_only=True, default=False)
     beside: tuple[LinearWeight, ...] = dataclasses.field(kw_only=True, default=(), repr=False)
+    peers: tuple[Projection, ...] = dataclasses.field(kw_only=True, default=(), repr=False)
 
     @property
     def length(self) -> int:

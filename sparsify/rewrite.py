@@ -53,6 +53,7 @@ def splice(
         if target != wanted:
             names[wanted] = target
         gm.add_submodule(target, part.module)
+        region.made[part.name] = part.module
         inputs = [replaced.get(handles[name], handles[name]) for name in part.inputs]
         old = sites[part.site].result if part.site is not None else None
         at = old if old is not None else max(inputs, key=_order)
@@ -79,6 +80,7 @@ def splice(
     used = [sites[part.site] for part in rewrite.splices if part.site is not None]
     private = {n for s in (*region.sites.values(), *used) for n in s.nodes}
     overlapping = _sites(regions)
+    before = set(gm.graph.nodes) | set(replaced)
     for other in regions:
         other.ports = {name: replaced.get(n, n) for name, n in other.ports.items()}
         for site in other.sites.values():
@@ -88,9 +90,10 @@ def splice(
         gm.delete_submodule(was)
     region.rewritten_by = pass_name
     kept = set(gm.graph.nodes) - set(replaced)
-    gone = {node for nodes in overlapping.values() for node in nodes if node not in kept}
+    gone = before - kept
     for other in regions:
-        if other is region or other.blocked is not None or not gone & overlapping[id(other)]:
+        taken = other is region or other.rewritten_by is not None or other.blocked is not None
+        if taken or not gone & overlapping[id(other)]:
             continue
         inside = overlapping[id(other)] <= overlapping[id(region)]
         how = "it lies inside" if inside else "a part of it is"

@@ -95,6 +95,10 @@ class Plan:
         kept = {path: float(live.float().mean()) for path, (live, _) in self.layers.items()}
         return weighted(kept, self.weights)
 
+    def applied(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """See :func:`pruned`."""
+        return pruned(model, self)
+
 
 def weighted(fractions: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """The mean of what the modules at these paths say."""

@@ -97,6 +97,23 @@ def packed_hidden(ffn: FeedForward) -> tuple[Moved, ...]:
     return tuple(moved)
 
 
+def packed_latents(ffn: FeedForward, name: str) -> tuple[Moved, ...]:
+    """The weight map of a feed-forward layer whose experts ``name`` keeps as latent ones."""
+    base = _under(ffn.path, name)
+    moved: list[Moved] = []
+    for role, linear in (("up", ffn.up), ("gate", ffn.gate), ("down", ffn.down)):
+        if linear is None:
+            continue
+        order = f"rows in the order {base}.experts.order"
+        side = "write" if role == "down" else "read"
+        how = f"{base}.experts.{role} @ {side}, {order}" + (", transposed" * (role == "down"))
+        bias = (
+            (f"{base}.experts.{role}_bias", order) if role != "down" else (f"{base}.bias", "as is")
+        )
+        moved += _pair(linear, (f"{base}.{side}", how, role), (*bias, f"{role}_bias"))
+    return tuple(moved)
+
+
 def packed_projection(
     projection: Projection, name: str, tensor: str, how: str
 ) -> tuple[Moved, ...]:

@@ -13,6 +13,7 @@ from sparsify.cli.progress import bars
 from sparsify.errors import BadInput
 
 TRAIN = ("routers", "lora", "all")
+SHAPES = ("linear", "cosine", "cubic")
 
 
 @app.command()
@@ -47,6 +48,16 @@ def heal(
         int,
         typer.Option(metavar="N", help="Shards of a vector, in pools for all weights; 0 = none."),
     ] = 0,
+    schedule: Annotated[
+        str | None,
+        typer.Option(metavar="SHAPE", help="Go down from --start: linear | cosine | cubic."),
+    ] = None,
+    start: Annotated[
+        float, typer.Option(metavar="A", help="Budget of the first step of a schedule.")
+    ] = 1.0,
+    ramp: Annotated[
+        float, typer.Option(metavar="S", help="Share of the steps that a schedule takes.")
+    ] = 0.5,
     every: Annotated[
         int, typer.Option(metavar="N", help="Steps between measurements and checkpoints.")
     ] = 20,
@@ -68,6 +79,10 @@ def heal(
     """
     checks.fraction("--active", active)
     checks.among("--train", train, TRAIN)
+    if schedule is not None:
+        checks.among("--schedule", schedule, SHAPES)
+    checks.fraction("--start", start)
+    checks.fraction("--ramp", ramp)
     for option, count in (("--steps", steps), ("--rank", rank), ("--every", every)):
         checks.at_least(option, count, 1)
     checks.at_least("--shards", shards, 0)
@@ -94,6 +109,9 @@ def heal(
             rate=rate,
             rank=rank,
             shards=shards,
+            schedule=cast("Literal['linear', 'cosine', 'cubic'] | None", schedule),
+            start=start,
+            ramp=ramp,
             every=every,
             seed=seed,
             checkpoint=checkpoint,

@@ -1,8 +1,13 @@
-"""``sparsify heal``: a folder in, a healed folder out, the curves as JSON."""
+"""``sparsify heal``: a folder in, a healed folder out, the curves as JSON, killed or not."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,3 +47,54 @@ def test_heal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"perplexity", "kl", "live"} <= set(curves["evaluations"][0])
     assert not Path("out.healing").exists()
     assert sparsify.verify("out").ok
+
+
+def lettered(folder: Path) -> None:
+    """A routed zoo model with a tokenizer of letters, saved to ``folder``."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    letters = {"?": 0, **{chr(32 + n): 1 + n for n in range(60)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    torch.manual_seed(0)
+    model = sparsify.compile("zoo:llama", "ffn-moe{experts=8 active=0.5}")
+    model.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+    model.save(folder)
+
+
+def test_killed_with_sigkill_and_resumed_is_the_straight_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lettered(tmp_path / "saved")
+    Path("text.txt").write_text(
+        "the quick brown fox jumps over a lazy dog, again and AGAIN. " * 150
+    )
+    words = (
+        "heal saved --text text.txt --train lora --steps 12 --every 3 --rate 3 --schedule cubic "
+        "--json {0}.json -q -o {0}"
+    )
+    assert main(words.format("straight").split()) == 0
+    root, threads = str(Path(sparsify.__file__).parents[1]), str(torch.get_num_threads())
+    started = subprocess.Popen(
+        [sys.executable, "-m", "sparsify_fx", *words.format("killed").split()],
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": threads},
+    )
+    folder, until = Path("killed.healing"), time.monotonic() + 120
+    while not list(folder.glob("step-*/state.json")):
+        assert started.poll() is None, "it ended by itself"
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    os.kill(started.pid, signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
+    assert not Path("killed").exists()
+    assert list(folder.glob("step-*/state.json"))
+    assert main([*words.format("killed").split(), "--resume"]) == 0
+    assert not folder.exists()
+    one, two = sparsify.load("straight").state_dict(), sparsify.load("killed").state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (json.loads(Path(f"{n}.json").read_text()) for n in ("straight", "killed"))
+    assert [row["loss"] for row in one["steps"]] == [row["loss"] for row in two["steps"]]
+    assert one["final"] == two["final"]
+    assert one["improved"]

@@ -44,10 +44,11 @@ def regions_of(name: str) -> tuple[Region, ...]:
     return tuple(find(share_clone(cap.graph), cap.example).all_regions)
 
 
-def works(name: str, pipeline: str) -> Any:
-    """The compiled model; skips where the pass does nothing, once it said why of every region."""
+def works(name: str, work: str) -> Any:
+    """The model after the pass ran twice (the second time has nothing to do: one compile serves
+    all tests); skips where the pass does nothing, once it said why of every region."""
     try:
-        model = compiled(name, pipeline)
+        model = compiled(name, f"{work},{work}")
     except NothingMatched as error:
         pytest.skip(f"nothing to rewrite: {error}")
     if not any(step.count("applied") for step in model.report.steps):
@@ -73,9 +74,10 @@ def test_every_region_is_found(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=["fp32", "fp64"])
 def test_dense_limit(name: str, pipeline: str, dtype: torch.dtype) -> None:
-    works(name, pipeline)
-    model = compiled(name, pipeline, dtype)
-    (step,) = model.report.steps
+    model = works(name, pipeline)
+    if dtype != torch.float32:
+        model = compiled(name, pipeline, dtype)
+    step = model.report.steps[0]
     assert step.count("applied") > 0
     assert worst_relative(model) <= LIMITS[dtype]
     assert model.report.ok
@@ -89,7 +91,7 @@ def test_dense_limit(name: str, pipeline: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("pipeline", PASSES)
 @pytest.mark.parametrize("name", MODELS)
 def test_second_run_finds_nothing_more(name: str, pipeline: str) -> None:
-    first, second = works(name, f"{pipeline},{pipeline}").report.steps
+    first, second = works(name, pipeline).report.steps
     assert second.count("applied") == 0
     assert second.count("left") == first.count("applied") + first.count("left")
 

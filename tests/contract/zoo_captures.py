@@ -12,6 +12,7 @@ import torch
 import sparsify
 from sparsify import zoo
 from sparsify.capture import Capture, capture
+from sparsify.errors import NothingMatched
 from sparsify.evidence import dense_limit, error_between
 from sparsify.runtime.graph import clone
 from sparsify.runtime.model import SparseModel
@@ -57,12 +58,26 @@ def tokens_of(cap: Capture, name: str) -> Any:
     return [torch.randint(3, 120, (4, 32), generator=generator) for _ in range(8)]
 
 
-@functools.cache
 def compiled(name: str, pipeline: str, dtype: torch.dtype = torch.float32) -> Any:
-    """One model per worker; tests leave it as it was (everything live, no gradients)."""
+    """One model per worker; tests leave it as it was (everything live, no gradients).
+
+    Raises:
+        NothingMatched: as compiling did; it is not tried again.
+    """
+    found = _compiled(name, pipeline, dtype)
+    if isinstance(found, NothingMatched):
+        raise found
+    return found
+
+
+@functools.cache
+def _compiled(name: str, pipeline: str, dtype: torch.dtype) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return sparsify.compile(captured(name, dtype), pipeline, reproducer=None)
+        try:
+            return sparsify.compile(captured(name, dtype), pipeline, reproducer=None)
+        except NothingMatched as nothing:
+            return nothing
 
 
 def worst_relative(model: SparseModel) -> float:

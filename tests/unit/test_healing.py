@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,21 @@ import pytest
 import torch
 
 import sparsify
-from sparsify import healing_loss, zoo
+from sparsify import healing, healing_loss, zoo
 from sparsify.capture import capture
 from sparsify.errors import BadCheckpoint, BadInput, OutputError
 from sparsify.healing import heal
+from sparsify.runtime.dial import routers
 
 IDS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
 OPTIONS: dict[str, Any] = {"steps": 8, "every": 4, "length": 16, "batch": 4}
 _CAPTURED: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def _rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong here are the stand-ins, of a model with a few units only: they learn fast."""
+    monkeypatch.setattr(healing, "RATES", {**healing.RATES, "routers": 1e-3, "stand-ins": 1e-3})
 
 
 def model() -> Any:
@@ -59,12 +68,15 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("train", ["routers", "lora"])
-def test_killed_and_resumed_is_the_straight_run(train: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("train", "more"), [("routers", {"schedule": "cubic", "ramp": 0.9}), ("lora", {})]
+)
+def test_killed_and_resumed_is_the_straight_run(train: Any, more: Any, tmp_path: Path) -> None:
     straight = model()
-    one = heal(straight, [IDS], train=train, **OPTIONS)
+    options = {**OPTIONS, **more}
+    one = heal(straight, [IDS], train=train, **options)
     broken = model()
-    before = state(broken)
+    before, dials = state(broken), broken.active
 
     def kill(event: str, done: int, total: int) -> None:
         if event == "heal" and done == 6:  # two steps after the checkpoint of step 4
@@ -72,21 +84,87 @@ def test_killed_and_resumed_is_the_straight_run(train: Any, tmp_path: Path) -> N
 
     folder = tmp_path / "ckpt"
     with pytest.raises(Killed):
-        heal(broken, [IDS], train=train, checkpoint=folder, progress=kill, **OPTIONS)
+        heal(broken, [IDS], train=train, checkpoint=folder, progress=kill, **options)
     assert all(torch.equal(t, before[n]) for n, t in state(broken).items())
+    assert broken.active == dials
     assert [p.name for p in folder.iterdir()] == ["step-00004"]
     (folder / ".step-00008.abc.tmp").mkdir()  # as a SIGKILL while writing leaves it
     with pytest.raises(OutputError, match="unfinished"):
-        heal(broken, [IDS], train=train, checkpoint=folder, **OPTIONS)
+        heal(broken, [IDS], train=train, checkpoint=folder, **options)
     with pytest.raises(BadCheckpoint, match=r"rate=1.0 \(now 2.0\)"):
-        heal(broken, [IDS], train=train, checkpoint=folder, resume=True, rate=2.0, **OPTIONS)
-    two = heal(broken, [IDS], train=train, checkpoint=folder, resume=True, **OPTIONS)
+        heal(broken, [IDS], train=train, checkpoint=folder, resume=True, rate=2.0, **options)
+    two = heal(broken, [IDS], train=train, checkpoint=folder, resume=True, **options)
     assert not folder.exists()
     mine, theirs = state(straight), state(broken)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[n], theirs[n]) for n in mine)
     assert one.final == two.final
     assert [r["loss"] for r in one.steps] == [r["loss"] for r in two.steps]
+
+
+def test_a_schedule_goes_from_dense_to_the_budget() -> None:
+    made = model()
+    before = [(p, m.setting) for p, m in routers(made)]
+    found = heal(made, [IDS], train="routers", schedule="linear", start=0.9, ramp=0.5, **OPTIONS)
+    budgets = [row["active"] for row in found.steps]
+    assert budgets == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.5, 0.5])
+    assert [(p, m.setting) for p, m in routers(made)] == before
+    live = [row["live"] for row in found.evaluations]  # at the budget, whatever the schedule says
+    assert max(live) < 0.65
+
+
+def test_a_schedule_leaves_denser_routers_alone() -> None:
+    made = model()
+    made.set_active(0.5)
+    made.set_active(0.9, at="*layers.0*")
+    target = [m.active for _, m in routers(made)]
+    found = heal(
+        made, [IDS], train="routers", schedule="cosine", start=0.75, ramp=1.0,
+        **{**OPTIONS, "steps": 2, "every": 2},
+    )  # fmt: skip
+    half = (0.75 + target[1]) / 2
+    assert [row["active"] for row in found.steps] == pytest.approx(
+        [(target[0] + 0.75) / 2, (target[0] + half) / 2]
+    )
+    assert [m.active for _, m in routers(made)] == target
+
+
+def test_a_whole_schedule_starts_at_the_dense_limit() -> None:
+    found = heal(model(), [IDS], train="lora", schedule="cubic", **OPTIONS)
+    assert found.steps[0]["active"] == 1.0
+    assert found.steps[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert found.steps[-1]["active"] == 0.5
+
+
+def test_balance_is_in_the_history_and_the_table() -> None:
+    made = model()
+    found = heal(made, [IDS], train="routers", rate=5.0, **OPTIONS)
+    ids = IDS[-2:]  # what it measures on
+    for row, counted in ((found.final, True), *((r, False) for r in found.evaluations)):
+        facts = row["routers"]
+        assert set(facts) == {f"model.layers.{n}.mlp.moe.router" for n in (0, 1)}
+        assert row["dead_units"] == sum(f["dead"] for f in facts.values())
+        for path, fact in facts.items():
+            load = torch.tensor(fact["load"])
+            share = load / load.sum()
+            assert fact["entropy"] == pytest.approx(
+                float(torch.distributions.Categorical(share).entropy() / math.log(len(load))),
+                abs=1e-3,
+            )
+            assert fact["dead"] == int((load == 0).sum())
+            if not counted or not found.improved:
+                continue
+            router = made.get_submodule(path)
+            seen = []
+            hook = router.register_forward_hook(lambda m, i, o, seen=seen: seen.append(o))
+            made(input_ids=ids, use_cache=False)
+            hook.remove()
+            mask = (seen[0] != 0).flatten(0, -2).double().mean(0)[router.shared :]
+            assert fact["load"] == pytest.approx(mask.tolist(), abs=1e-4)
+    table = found.text_table()
+    assert "entropy" in table.splitlines()[0]
+    assert "least even: model.layers." in table
+    assert json.loads(json.dumps(found.to_dict()))["final"]["routers"]
 
 
 def test_a_model_that_does_not_get_better_is_left_as_it_was() -> None:
@@ -100,6 +178,7 @@ def test_a_model_that_does_not_get_better_is_left_as_it_was() -> None:
 
 def test_bad_calls() -> None:
     made = model()
+    dials = made.active
     with pytest.raises(BadInput, match="train cannot be 'lroa'"):
         heal(made, [IDS], train="lroa")  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="too short"):
@@ -108,6 +187,13 @@ def test_bad_calls() -> None:
         heal(made, "docstrings")
     with pytest.raises(BadInput, match="rate cannot be 0"):
         heal(made, [IDS], rate=0.0)
+    with pytest.raises(BadInput, match="no schedule 'cubist'"):
+        heal(made, [IDS], schedule="cubist")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="ramp cannot be 0"):
+        heal(made, [IDS], schedule="linear", ramp=0.0)
+    with pytest.raises(BadInput, match="does not go down"):
+        heal(made, [IDS], schedule="linear", start=0.4, **OPTIONS)
+    assert made.active == dials
 
 
 def test_divergence_is_kl_with_its_gradient() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify.errors import BadInput
-from sparsify.runtime.metrics import entropy, facts, segment_cache, segment_routing
+from sparsify.runtime.metrics import Loads, entropy, facts, segment_cache, segment_routing
+from sparsify.runtime.router import Router
 
 
 def column(text: str) -> Tensor:
@@ -96,3 +97,49 @@ def test_entropy_and_load() -> None:
     assert found.imbalance == pytest.approx(1.6)
     with pytest.raises(BadInput, match="no token"):
         facts([])
+
+
+# ---------------------------------------------------------------------------- while it trains
+
+
+def test_loads_add_up_over_calls_as_facts_of_all_tokens() -> None:
+    g = torch.Generator().manual_seed(0)
+    order = torch.randperm(7, generator=g)
+    routers = torch.nn.ModuleDict(
+        {
+            "plain": Router(torch.randn(5, 4, generator=g), shared=2, active=0.5),
+            "ordered": Router(torch.randn(5, 4, generator=g), shared=2, active=0.6, order=order),
+        }
+    )
+    loads, masks = Loads(routers), {name: [] for name in routers}
+    for _ in range(3):
+        x = torch.randn(2, 3, 4, generator=g)
+        with loads:
+            selects = {name: router(x) for name, router in routers.items()}
+        for name, router in routers.items():
+            router(x)  # outside: not counted
+            shared = list(range(2)) if router.order is None else router.order[:2].tolist()
+            rest = [unit for unit in range(7) if unit not in shared]
+            masks[name].append(selects[name].flatten(0, 1)[:, rest] != 0)
+    found = loads.balance()
+    assert loads.tokens == {"plain": 18, "ordered": 18}
+    for name in routers:
+        wanted, row = facts(masks[name]), found["routers"][name]
+        assert row["load"] == pytest.approx(wanted.live, abs=1e-4)
+        assert row["entropy"] == pytest.approx(wanted.entropy)
+        assert row["imbalance"] == pytest.approx(wanted.imbalance)
+        assert row["dead"] == sum(share == 0 for share in wanted.live)
+    assert found["dead_units"] == sum(row["dead"] for row in found["routers"].values())
+
+
+def test_loads_know_dead_units_and_nothing_without_tokens() -> None:
+    router = Router(torch.tensor([[1.0], [2.0], [-1.0], [-2.0]]), active=0.5)
+    loads = Loads(router)
+    assert loads.balance() == {}
+    with loads:
+        router(torch.ones(6, 1))
+    found = loads.balance()
+    assert found["routers"][""]["load"] == [1.0, 1.0, 0.0, 0.0]
+    assert found["dead_units"] == 2
+    assert found["imbalance"] == pytest.approx(2.0)
+    assert found["entropy"] == pytest.approx(0.5)

@@ -60,6 +60,23 @@ def test_masked_has_the_values_and_gradients_of_grouped(rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("rule", ["top-k", "threshold"])
+def test_gradients_of_masked_experts_and_stand_ins_are_those_of_finite_differences(
+    rule: Rule,
+) -> None:
+    module = layer(rule)
+    x = draw(4, 5)  # its own gradient is straight-through where it is routed by
+    names = ["up", "gate", "down", "down_bias", "dropped", "slopes"]
+    values = [getattr(module, name).detach().requires_grad_(True) for name in names]
+
+    def run(*given: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(module, dict(zip(names, given, strict=True)), x)
+        return result
+
+    with masked(module):
+        assert torch.autograd.gradcheck(run, values)
+
+
+@pytest.mark.parametrize("rule", ["top-k", "threshold"])
 def test_straight_through_keeps_values_and_teaches_dead_units(rule: Rule) -> None:
     module = layer(rule)
     module.slopes = None  # stand-ins teach dead units in another way
