@@ -21,7 +21,13 @@ from sparsify.evaluate import compare
 from sparsify.models import load_model
 from sparsify.runtime.counters import counters, reset
 from sparsify.runtime.dial import kept, set_active
-from sparsify.static_layers import layer_plans, layers_of, rank_layers
+from sparsify.static_layers import (
+    LayerPlan,
+    LayerRanking,
+    layer_plans,
+    layers_of,
+    rank_layers,
+)
 from sparsify.static_pruning import all_live
 
 RESULTS = Path(__file__).parent / "results" / "depth.json"
@@ -55,24 +61,14 @@ def main() -> None:
         )
         vehicle = vehicle or sparse
         for active in budgets:
-            row = measured(sparse, held_out, active, count)
+            row = measured(sparse, vehicle, held_out, active, count)
             rows.append({"model": pipeline, "active": active, **row})
             shares.add(row["layers"])
             print(f"{pipeline:<46}{active:>6}{row['layers']:>8.1%}{row['ratio']:>9.3f}", flush=True)
     assert vehicle is not None
     ranking = rank_layers(vehicle, vehicle, fitted)
-    for dropped in sorted({int((1 - share) * count + 1e-6) for share in shares}):
-        ways = layer_plans(ranking, 1 - dropped / count)
-        if not ways:
-            continue
-        scores = compare(
-            dense(vehicle), {way.note: applied(vehicle, way) for way in ways}, held_out
-        )
-        best = min(ways, key=lambda way: scores[way.note].perplexity)
-        ratio = scores[best.note].perplexity / scores["dense"].perplexity
-        row = {"model": "static", "layers": best.active, "ratio": ratio, "note": best.note}
-        rows.append(row)
-        print(f"{'static: ' + best.note:<52}{best.active:>8.1%}{ratio:>9.3f}", flush=True)
+    for dropped in sorted({int((1 - share) * count + 1e-6) for share in shares} - {0}):
+        rows += dropping(vehicle, ranking, dropped, held_out)
     report = {"model": "smollm2", "text": "docstrings", "machine": api.machine(), "rows": rows}
     given.output.parent.mkdir(exist_ok=True)
     given.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -83,8 +79,31 @@ def texts(tokenizer: Any, split: Split, tokens: int) -> list[torch.Tensor]:
     return token_blocks("docstrings", tokenizer, length=256, limit=tokens, split=split)[1]
 
 
-def measured(model: Any, held_out: Any, active: float, count: int) -> dict[str, Any]:
-    """Perplexity over the dense model's, and the share of all layers that tokens ran."""
+def dropping(model: Any, ranking: LayerRanking, count: int, held_out: Any) -> list[dict[str, Any]]:
+    """The best way to drop ``count`` layers for every token, and the one that leaves the last out.
+
+    The latter is what a token does that leaves a recursion early.
+    """
+    ways = layer_plans(ranking, 1 - count / len(ranking.paths))
+    last = range(len(ranking.paths) - count, len(ranking.paths))
+    biases = {ranking.paths[at]: ranking.change[at] for at in last}
+    ways.append(LayerPlan(biases, len(ranking.paths), "the last layers, mean added back"))
+    scores = compare(dense(model), {way.note: applied(model, way) for way in ways}, held_out)
+    best = min(ways, key=lambda way: scores[way.note].perplexity)
+    rows = []
+    for way in (best, ways[-1]):
+        ratio = scores[way.note].perplexity / scores["dense"].perplexity
+        rows.append({"model": "static", "layers": way.active, "ratio": ratio, "note": way.note})
+        print(f"{'static: ' + way.note:<62}{way.active:>8.1%}{ratio:>9.3f}", flush=True)
+    return rows
+
+
+def measured(model: Any, vehicle: Any, held_out: Any, active: float, count: int) -> dict[str, Any]:
+    """Perplexity over the dense model's, and the share of all layers that tokens ran.
+
+    Args:
+        vehicle: a routed model whose dense limit is the dense model (with kv=shared it is not).
+    """
     tokens = {"live": 0, "all": 0}
     paths = set(layers_of(model))
 
@@ -99,7 +118,7 @@ def measured(model: Any, held_out: Any, active: float, count: int) -> dict[str, 
                 tokens["all"] += counter.units_total
         return out
 
-    scores = compare(dense(model), {"routed": routed}, held_out)
+    scores = compare(dense(vehicle), {"routed": routed}, held_out)
     live = tokens["live"] / tokens["all"]
     layers = (len(paths) * live + count - len(paths)) / count
     return {
