@@ -63,12 +63,15 @@ def take_body(layer: Layer, source: Layer | None = None) -> Body:
     given = {} if source is None else shared_entries(layer, source, leaves)
     inside = between(x, y, given)
     nodes = [n for n in gm.graph.nodes if n in inside and n.op != "get_attr"]
+    outside = {n for entry in given for n in above(entry, (x,))}
+    if any(n.op == "call_module" and n in outside for n in nodes):
+        raise Refused("one routed module gives queries and keys: they cannot run apart")
     sizes = _Sizes(x, leaves, inside)
     inputs = [x]
     for node in nodes:
         for read in node.all_input_nodes:
-            outside = read not in inside or read.op == "get_attr"
-            if outside and read not in inputs and not _is_int(read):
+            given_to_it = read not in inside or read.op == "get_attr"
+            if given_to_it and read not in inputs and not _is_int(read):
                 inputs.append(read)
     axes = [sizes.axes(node) for node in inputs]
     keys = None
