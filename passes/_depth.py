@@ -111,14 +111,13 @@ def attends_to_all(layer: Layer, kv: str) -> bool:
 def updates(samples: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """From ports x and y: unit directions (T, D), squared relative change (T, 1), change (T, D).
 
-    The change less its mean over tokens: the mean is put back where tokens skip. On SmolLM2 at 92 %
-    of the layers, perplexity is 1.17 times the dense one with it, and 1.50 times if the mean counts.
+    The squared change is that from the mean over tokens, which is put back where tokens skip. On
+    SmolLM2 at 92 % of the layers perplexity is 1.17 times the dense one so, 1.50 times without.
     """
     x, y = samples["x"].float(), samples["y"].float()
     change = y - x
-    energy = (change - change.mean(0)).square().sum(-1, keepdim=True) / y.square().sum(
-        -1, keepdim=True
-    ).clamp_min(EPS)
+    varying = (change - change.mean(0)).square().sum(-1, keepdim=True)
+    energy = varying / y.square().sum(-1, keepdim=True).clamp_min(EPS)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), energy, change
 
 
