@@ -9,9 +9,6 @@ costs relative to the residual stream), so that layers and roles which can spare
 settle on what the sparse layers before really send; and a dead input counts as its mean over the
 calibration text, not as zero (a constant, so it costs nothing).
 
-Inside the experts of ffn-moe, where it comes after it, the neurons of a token's live experts are
-routed so (the inputs of down); gate and up stay whole there, their inputs lie strided in memory.
-
 At initialization, every feature live, the sum runs over the same products: REORDERED. Without
 calibration data each token takes the same number of features (top-k).
 """
@@ -20,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from sparsify.core import Pass, Refused, Rewrite, Splice, option
 from sparsify.regions import Projection
@@ -41,8 +38,6 @@ TOKENS = 512  # calibration tokens kept per projection: each gives as many score
 @dataclasses.dataclass(frozen=True)
 class HiddenRoute(Pass[Projection]):
     """Projection -> the same, over the input features that are live for the token."""
-
-    works_inside: ClassVar[bool] = True
 
     active: float = option(1.0, "fraction of input features that a token uses", gt=0, le=1)
     score: str = option(
@@ -77,10 +72,6 @@ class HiddenRoute(Pass[Projection]):
 
         linear = projection.linear
         select = self._select(projection)
-        if projection.host is not None:
-            fitted = "calibrated" if "x" in projection.samples else "uncalibrated"
-            note = f"{projection.role} inside the experts: {select.routed} inputs, {self.score} "
-            return Rewrite((), (), f"{note}score, {select.rule} ({fitted})", inside=select)
         module = RoutedLinear.from_dense(linear.weight, linear.bias, select)
         fitted = "calibrated" if "x" in projection.samples else "uncalibrated"
         note = f"{projection.role}: {select.routed} inputs, {self.score} score, "
@@ -89,13 +80,8 @@ class HiddenRoute(Pass[Projection]):
         return Rewrite((Splice("routed", module, ("x",), "projection"),), moved, note)
 
     def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> Tensor | None:
-        from sparsify.runtime.ffn import RoutedFFN
         from sparsify.runtime.inputs import RoutedLinear
 
-        if isinstance(module, RoutedFFN):
-            assert module.inside is not None  # it took in what this pass made
-            module.inside.settle(module.live_scores(inputs[0]), alone=alone)
-            return None
         assert isinstance(module, RoutedLinear)
         select = module.select
         select.settle(select.scores(select.centred(inputs[0])), alone=alone)

@@ -57,10 +57,6 @@ class CompressedFFN(RoutedFFN):
         self.vectors = as_parameter(vectors.detach(), trains)
         self.vectors_at = tuple(float(a) for a in vectors_at)
 
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        return ()  # vectors are fitted to experts whose neurons are all live
-
     def _modulated(self, y: Tensor, select: Tensor) -> Tensor:
         routed = select[:, self.router.shared :]
         # With weights of one, a dead expert's indicator carries the router's gradient as well:

@@ -145,17 +145,10 @@ class LiveRows:
         product: Tensor = torch.sparse.sampled_addmm(self.pattern, self.left, weight.t(), beta=0.0)
         return product.values()
 
-    def sums(self, h: Tensor, weight: Tensor, tokens: int, keep: Tensor | None = None) -> Tensor:
-        """``sum of h[pair] * weight[row]`` over a token's pairs: (T, D).
-
-        Pairs that are not in ``keep`` (bool, as h) are left out, and their rows not read.
-        """
-        rows, starts = self.rows, self.bounds[:-1]
-        if keep is not None:
-            starts = torch.nn.functional.pad(keep.cumsum(0), (1, 0))[starts]
-            rows, h = rows[keep], h[keep]
+    def sums(self, h: Tensor, weight: Tensor, tokens: int) -> Tensor:
+        """``sum of h[pair] * weight[row]`` over a token's pairs: (T, D)."""
         bags = torch.nn.functional.embedding_bag(
-            rows, weight, starts, mode="sum", per_sample_weights=h
+            self.rows, weight, self.bounds[:-1], mode="sum", per_sample_weights=h
         )
         return bags if tokens == len(bags) else bags.sum(0, keepdim=True)
 

@@ -18,8 +18,6 @@ from sparsify.errors import BadInput
 from sparsify.runtime.cost import Cost
 from sparsify.runtime.dispatch import HALF, LiveRows, Plan, Sum, join_graph, plan, watched
 from sparsify.runtime.dropped import at_budget
-from sparsify.runtime.inputs import Magnitude
-from sparsify.runtime.inside import LiveNeurons
 from sparsify.runtime.program import Program
 from sparsify.runtime.router import Router, as_parameter, own
 from sparsify.runtime.spec import RoutedModule, dtype_name, dtype_of, nested, routed
@@ -91,7 +89,6 @@ class RoutedFFN(RoutedModule):
         self.activation = activation
         self.router = router
         self.copies = copies
-        self.inside: LiveNeurons | None = None
 
     @classmethod
     def from_dense(
@@ -190,13 +187,11 @@ class RoutedFFN(RoutedModule):
         """All experts live with weight one: one computation over the packed weights."""
         self.counter.seen(len(x), self.experts, len(x) * self.experts)
         self.counter.rows += len(x) * self.experts
-        hidden = self._hidden(x, select, self.up, self.gate, self.up_bias, self.gate_bias, 0)
-        hidden, down = self._used(hidden.to(self.down.dtype), self.down.flatten(0, 1))
-        y = hidden @ down if self.down_bias is None else torch.addmm(self.down_bias, hidden, down)
-        everyone = x.new_ones(len(x), self.experts) if select is None else select
-        for left, right in self._means(everyone):
-            y = torch.addmm(y, left.to(y.dtype), right)
-        return y
+        hidden = self._hidden(x, select, self.up, self.gate, self.up_bias, self.gate_bias)
+        hidden, down = hidden.to(self.down.dtype), self.down.flatten(0, 1)
+        return (
+            hidden @ down if self.down_bias is None else torch.addmm(self.down_bias, hidden, down)
+        )
 
     def _grouped(self, x: Tensor, select: Tensor, scores: Tensor | None) -> Tensor:
         """Each expert on the tokens that use it."""
@@ -206,8 +201,6 @@ class RoutedFFN(RoutedModule):
         weighted = select.requires_grad or not self.router.unit_weights
         weights = select if weighted else None
         self._by_expert(x, work, weights, total)
-        for left, right in self._means(select):
-            total.add(None, left, right)
         if not work.all_live:
             total.total = self._modulated(total.value(), select)
             for left, right in self._stand_ins(work.mask, scores):
@@ -222,10 +215,8 @@ class RoutedFFN(RoutedModule):
         self.counter.seen(len(x), self.experts, int(mask.sum()))
         self.counter.rows += len(x) * self.experts
         total = Sum(len(x), self.down_bias, self.width, x)
-        hidden = self._hidden(x, select, self.up, self.gate, self.up_bias, self.gate_bias, 0)
+        hidden = self._hidden(x, select, self.up, self.gate, self.up_bias, self.gate_bias)
         total.add(None, hidden, self.down.flatten(0, 1))
-        for left, right in self._means(select):
-            total.add(None, left, right)
         total.total = self._modulated(total.value(), select)
         for left, right in self._stand_ins(mask, scores):
             total.add(None, left, right)
@@ -235,15 +226,13 @@ class RoutedFFN(RoutedModule):
         weights = [None] * len(work.segments) if select is None else work.pairs(select)
         packed = (self.down, self.up, self.gate, self.up_bias, self.gate_bias)
         blocks = [work.split(p) for p in packed]
-        for segment, weight, down, *parts in zip(work.segments, weights, *blocks, strict=True):
+        for segment, weight, down, *first in zip(work.segments, weights, *blocks, strict=True):
             if not segment.count:
                 continue
             assert down is not None
             mine = x if segment.rows is None else x.index_select(0, segment.rows)
-            up, gate, up_bias, gate_bias = parts
-            assert up is not None
-            hidden = self._hidden(mine, weight, up, gate, up_bias, gate_bias, segment.start)
-            total.add(segment.rows, *self._used(hidden, down.flatten(0, 1)))
+            hidden = self._hidden(mine, weight, *first)
+            total.add(segment.rows, hidden, down.flatten(0, 1))
             self.counter.rows += len(mine) * segment.size
 
     def _can_pick(self, x: Tensor) -> bool:
@@ -269,17 +258,10 @@ class RoutedFFN(RoutedModule):
             if packed is not None:
                 dots = picked.dots(packed.flatten(0, 1))
                 sums.append(dots if bias is None else dots.add_(bias.flatten()[picked.rows]))
-        hidden, keep = self.activation(*sums).to(x.dtype), None
-        if self.inside is not None and not self.inside.all_live:
-            experts = mask.nonzero()[:, 1]
-            hidden = self.inside(hidden.view(pairs, m), experts).flatten()
-            keep = hidden != 0
-            self.inside.counter.rows += int(keep.sum())
+        hidden = self.activation(*sums).to(x.dtype)
         if not self.router.unit_weights:
             hidden = (hidden.view(pairs, m) * select[mask].unsqueeze(1)).flatten()
-        y = picked.sums(hidden, self.down.flatten(0, 1), len(x), keep)
-        for left, right in self._means(select):
-            y = torch.addmm(y, left.to(y.dtype), right)
+        y = picked.sums(hidden, self.down.flatten(0, 1), len(x))
         self.counter.rows += pairs
         if self.down_bias is not None:
             y = y + self.down_bias
@@ -330,65 +312,18 @@ class RoutedFFN(RoutedModule):
         gate: Tensor | None,
         up_bias: Tensor | None,
         gate_bias: Tensor | None,
-        start: int | None = None,
     ) -> Tensor:
-        """(n, D) -> (n, experts * m) neurons of a run of experts, times the experts' weights.
-
-        ``start``: the first expert, where dead neurons are to be left out (as zeros).
-        """
+        """(n, D) -> (n, experts * m) neurons of a run of experts, times the experts' weights."""
         sums = [linear(x, up.flatten(0, 1), None if up_bias is None else up_bias.flatten())]
         if gate is not None:
             bias = None if gate_bias is None else gate_bias.flatten()
             sums.append(linear(x, gate.flatten(0, 1), bias))
         hidden = self.activation(*sums)
-        if start is not None and self.inside is not None and not self.inside.all_live:
-            run = slice(start, start + len(up))
-            hidden = self.inside(hidden.view(len(x), *up.shape[:2]), run).flatten(1)
         if weight is None:
             return hidden
         if hidden.dtype in HALF:
             hidden = hidden.float()
         return (hidden.reshape(len(x), *up.shape[:2]) * weight.unsqueeze(2)).flatten(1)
-
-    # -- inside the experts
-
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        return () if self.copies else ("down",)
-
-    def take_in(self, role: str, select: RoutedModule) -> None:
-        """Let ``select``, a Magnitude over neurons in dense order, choose inputs of ``down``."""
-        assert role == "down" and isinstance(select, Magnitude)
-        self.inside = LiveNeurons.of(select, self.down, self.order)
-        self.inside.pass_name = select.pass_name
-
-    def live_scores(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (n,) scores of the neurons of every token's live experts."""
-        assert self.inside is not None
-        scale, centre = self.inside.parts(slice(None))
-        live = self.router(x).reshape(-1, self.experts) != 0
-        hidden = self.neurons(x.reshape(-1, self.width)).view(-1, self.experts, self.hidden)
-        values = hidden if centre is None else hidden - centre
-        return (values.float().abs() * scale)[live].flatten()
-
-    def _used(self, hidden: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        """The neurons that are live for any of the tokens, and their rows."""
-        if self.inside is None or self.inside.all_live:
-            return hidden, down
-        used = (hidden != 0).any(0)
-        count = int(used.sum())
-        self.inside.counter.rows += len(hidden) * count
-        if count == len(used):
-            return hidden, down
-        at = used.nonzero().flatten()
-        return hidden.index_select(1, at), down.index_select(0, at)
-
-    def _means(self, select: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """A product (T, N) @ (N, D) of what live experts give for dead neurons, if anything."""
-        inside = self.inside
-        if inside is None or inside.all_live or inside.means is None:
-            return []
-        return [(select.to(inside.means.dtype), inside.means)]
 
     # -- weights, description, cost
 
@@ -432,7 +367,6 @@ class RoutedFFN(RoutedModule):
             "copies": self.copies,
             "activation": self.activation.to_json(),
             "router": self.router.spec(),
-            "inside": None if self.inside is None else self.inside.spec(),
         }
 
     @classmethod
@@ -444,7 +378,7 @@ class RoutedFFN(RoutedModule):
         def empty(*shape: int, given: str = "") -> Tensor | None:
             return torch.empty(shape, dtype=dtype) if not given or options[given] else None
 
-        made = cls(
+        return cls(
             torch.empty(n, m, d, dtype=dtype),
             empty(n, m, d, given="gate"),
             torch.empty(n, m, d, dtype=dtype),
@@ -461,9 +395,6 @@ class RoutedFFN(RoutedModule):
             order=torch.empty(n * m, dtype=torch.int64) if options["order"] else None,
             copies=options["copies"],
         )
-        if options.get("inside") is not None:
-            made.inside = nested(options["inside"], LiveNeurons)
-        return made
 
     def cost(self, active: float | None = None, context: int = 0) -> Cost:
         router = self.router
@@ -473,10 +404,6 @@ class RoutedFFN(RoutedModule):
             self.hidden * self.width * (2 + (self.gate is not None)),
         )
         total = Cost(2 * live * per_unit, live * per_unit * size) + router.cost(active)
-        if self.inside is not None and not self.inside.all_live:
-            spared = (1 - self.inside.active) * live * self.hidden * self.width
-            means = 0 if self.inside.means is None else live * self.width
-            total += Cost(2 * (means - spared), (means - spared) * size)
         biases = [b for b in (self.up_bias, self.gate_bias) if b is not None]
         extra = sum(b.shape[1] for b in biases) * live
         extra += 0 if self.down_bias is None else self.width

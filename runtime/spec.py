@@ -62,15 +62,6 @@ class RoutedModule(nn.Module):
         common = {"pass": self.pass_name, "dispatch": self.dispatch}
         return {"class": type(self).__name__, **common, **self.options()}
 
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """Roles of the dense region's projections that later passes can work on inside."""
-        return ()
-
-    def take_in(self, role: str, select: RoutedModule) -> None:
-        """Let ``select`` choose among the inputs of the projection ``role`` inside."""
-        raise NotImplementedError
-
     def cost(self, active: float | None = None, context: int = 0) -> Cost:
         """Cost of one token.
 
@@ -108,7 +99,6 @@ _OURS: dict[str, str] = {
     "ModalityLinear": "sparsify.runtime.modality",
     "LatentProjection": "sparsify.runtime.latent",
     "Features": "sparsify.runtime.latent",
-    "LiveNeurons": "sparsify.runtime.inside",
     "TiedLinear": "sparsify.runtime.tied",
     "RecursionRouter": "sparsify.runtime.recursion",
     "DepthChoice": "sparsify.runtime.recursion",

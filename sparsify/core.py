@@ -168,7 +168,6 @@ class Rewrite:
         default_factory=dict
     )  # modules: path before -> now
     claim: Claim | None = None  # where this region gets less than the pass claims
-    inside: Any = None  # a selection for the region's host, where it has one; then no splices
     length: int = 0  # roundings on the longest path, for the REORDERED tolerance; 0 = the region's
 
 
@@ -265,7 +264,6 @@ class Pass(Generic[R]):
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     region_type: ClassVar[type[Any]]
-    works_inside: ClassVar[bool] = False  # it can rewrite a region inside a routed module
     moves_weights: ClassVar[bool] = True  # False: it routes, and leaves every weight where it is
     claim: ClassVar[Claim] = REORDERED
 

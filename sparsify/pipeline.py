@@ -19,7 +19,7 @@ from sparsify.costs import facts
 from sparsify.errors import ClaimFailed
 from sparsify.evidence import Proven, check_end_to_end, check_regions, key
 from sparsify.probe import annotate
-from sparsify.regions import Matches, NearMiss, Projection, Region
+from sparsify.regions import Matches, NearMiss, Region
 from sparsify.report import Evidence, Step
 from sparsify.reproducer import write_reproducer
 from sparsify.rewrite import finish, node_count, renamed, splice
@@ -118,15 +118,7 @@ def run_stage(
             own = (outcome.claim or work.claim, outcome.length or region.length)
             taken = [state.gm.get_submodule(path) for path in outcome.moved]
             inside = dict.fromkeys(state.proven[m] for m in taken if m in state.proven)
-            names = {}
-            if outcome.inside is not None:
-                assert isinstance(region, Projection)
-                assert region.host is not None
-                region.host.take_in(region.role, outcome.inside)
-                region.rewritten_by = work.name
-                state.made.append((region.host, work))
-            else:
-                names = splice(state.gm, region, outcome, work.name, everything)
+            names = splice(state.gm, region, outcome, work.name, everything)
             state.made += [(part.module, work) for part in outcome.splices]
             for was, now in outcome.moved.items():
                 state.moved[was] = next(
@@ -189,7 +181,7 @@ def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
         return left("not selected by at= / skip=")
     if region.rewritten_by is not None:
         return left(f"already rewritten by {region.rewritten_by}")
-    if region.blocked is not None and (region.host is None or not work.works_inside):
+    if region.blocked is not None:
         return left(region.blocked)
     try:
         work.check(region)
@@ -197,8 +189,6 @@ def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
             rewrite = work.rewrite(region)
     except Refused as refused:
         return left(refused.reason, refused.suggestion)
-    if rewrite.inside is not None:
-        rewrite.inside.pass_name = work.name
     for part in rewrite.splices:
         part.module.pass_name = work.name  # type: ignore[assignment]
         part.module.eval()  # as the captured graph is: no noise, no choice among later tokens

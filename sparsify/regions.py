@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
     from sparsify.runtime.program import Program
-    from sparsify.runtime.spec import RoutedModule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,6 @@ class Region:
             calibration data were given. Rows of all ports of a region belong to the same tokens.
         rewritten_by: the pass that already rewrote it, if any.
         blocked: why no pass can rewrite it any more, where a region that overlaps was rewritten.
-        host: the routed module that holds it now, and in which passes that can may still work.
         block: index of the repeated block it lies in, or None.
         parts: smaller regions inside it (its projections); Matches.all_regions lists them too.
         made: splice name -> module, of the pass that rewrote it.
@@ -79,7 +77,6 @@ class Region:
     samples: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
     rewritten_by: str | None = None
     blocked: str | None = None
-    host: RoutedModule | None = dataclasses.field(default=None, repr=False)
     block: int | None = None
     parts: list[Projection] = dataclasses.field(default_factory=list, repr=False)
     made: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False)

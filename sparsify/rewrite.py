@@ -98,10 +98,6 @@ def splice(
         inside = overlapping[id(other)] <= overlapping[id(region)]
         how = "it lies inside" if inside else "a part of it is"
         other.blocked = f"{how} {region.path}, which {pass_name} rewrote"
-    for inner in region.parts:
-        hosts = [s.module for s in rewrite.splices if inner.role in getattr(s.module, "hosts", ())]
-        if inner.blocked is not None and hosts and inner.ports["y"] in kept:
-            inner.host = hosts[0]  # type: ignore[assignment]
     for order, node in enumerate(gm.graph.nodes):
         node.meta["order"] = order
     return names
