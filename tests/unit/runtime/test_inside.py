@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sparsify.runtime.inputs import Magnitude
 from sparsify.runtime.inside import LiveNeurons
 from sparsify.runtime.spec import from_spec
 from sparsify.runtime.training import masked
+from sparsify.weights import dense_weights
 from tests.unit.runtime.examples import Dense
 
 HIDDEN = 60
@@ -30,14 +32,16 @@ def made(
     experts_live: float = 0.5,
     live: float = 0.5,
     dtype: torch.dtype = torch.float64,
+    hidden: int = HIDDEN,
+    width: int = 12,
 ) -> tuple[Dense, RoutedFFN]:
     """A routed layer with stand-ins and biases, and neurons routed inside."""
-    dense = Dense(hidden=HIDDEN, experts=experts, dropped=True, dtype=dtype)
+    dense = Dense(width=width, hidden=hidden, experts=experts, dropped=True, dtype=dtype)
     module = dense.routed()
-    hidden = dense.hidden(dense.x(300))
-    mean = hidden.mean(0) if centre else None
+    neurons = dense.hidden(dense.x(300))
+    mean = neurons.mean(0) if centre else None
     select = Magnitude(dense.down.norm(dim=0), mean, rule=rule)
-    select.calibrate(select.centred(hidden))
+    select.calibrate(select.centred(neurons))
     module.host("down", LiveNeurons.within(select, module.order, experts))
     module.router.set_active(experts_live)
     assert module.inside is not None
@@ -67,7 +71,7 @@ def loop(dense: Dense, module: RoutedFFN, x: Tensor) -> tuple[Tensor, int]:
             mine = dense.order[e * m : (e + 1) * m].tolist()
             if inside.rule == "top-k":
                 keep = max(round(m * inside.active), 1)
-                alive = set(sorted(mine, key=lambda j: -value[j])[:keep])  # noqa: B023
+                alive = set(sorted(mine, key=lambda j: -value[j])[:keep])
             else:
                 alive = {j for j in mine if value[j] > float(inside.threshold)}
             read += len(alive)
@@ -156,11 +160,11 @@ def test_shapes(shape: tuple[int, ...], dispatch: str) -> None:
 
 @WAYS
 def test_gradients(dispatch: str) -> None:
-    dense, module = made(4)
+    dense, module = made(4, hidden=16, width=4)
     module.dispatch = dispatch  # type: ignore[assignment]
     for p in module.parameters():
         p.requires_grad_(True)
-    x = dense.x(5).requires_grad_()
+    x = dense.x(3).requires_grad_()
     trained = {n: p for n, p in module.named_parameters() if not n.startswith("router")}
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
@@ -168,11 +172,7 @@ def test_gradients(dispatch: str) -> None:
         out: Tensor = torch.func.functional_call(module, found, (x,))
         return out
 
-    plain = copy.copy(module)
-    with torch.no_grad():
-        torch.testing.assert_close(plain(x), loop(dense, module, x)[0], rtol=1e-6, atol=1e-6)
-    routed = module.router.forward
-    fixed = routed(x).detach()
+    fixed = module.router(x).detach()
     module.router.forward = lambda *_: fixed  # type: ignore[method-assign]
     assert "offset" in trained
     assert torch.autograd.gradcheck(run, (x, *trained.values()))
@@ -255,7 +255,7 @@ def test_compiled_and_calibrated() -> None:
         assert said[f"{layer}.up_proj"].kind == "left"
         assert "strided" in said[f"{layer}.up_proj"].reason
         found = [e for e in route.evidence if e.region == f"{layer}.down_proj"]
-        assert found and found[0].ok and 0 < found[0].error  # the layer's sum, reordered
+        assert found and found[0].ok and found[0].error > 0  # the layer's sum, reordered
     moved = {m.dense for m in route.weights}
     assert not any("mlp" in name for name in moved)
     assert any("mlp.down" in m.dense for m in moe.weights)
@@ -282,3 +282,43 @@ def test_compiled_and_calibrated() -> None:
     spent = sum(alone[p.removesuffix(".select")] * size for p, size in sizes.items())
     assert len(sizes) == 10
     assert spent / sum(sizes.values()) == pytest.approx(0.5, abs=0.03)  # one budget for all
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["ffn-moe,hidden-route,depth-mor", "ffn-moe,depth-mor,hidden-route"]
+)
+def test_beside_depth_routing(pipeline: str) -> None:
+    """A layer whose module went into a recursion step is no host any more."""
+    model = sparsify.compile("zoo:llama", pipeline)
+    assert model.report.ok
+    inside = [m for m in model.modules() if isinstance(m, LiveNeurons)]
+    route = next(s for s in model.report.steps if s.pass_name == "hidden-route")
+    down = [r.kind for r in route.remarks if r.region.endswith("down_proj")]
+    before = pipeline.endswith("depth-mor")
+    assert down == ["applied" if before else "left"] * 2
+    assert bool(inside) == before
+
+
+def test_second_run_and_other_passes_say_why() -> None:
+    model = sparsify.compile("zoo:llama", "ffn-moe,hidden-route,hidden-route,hidden-mohd")
+    _, _, again, other = model.report.steps
+    for step, reason in ((again, "already rewritten by hidden-route"), (other, "hidden-route")):
+        found = [r for r in step.remarks if r.region.endswith("mlp.down_proj")]
+        assert [r.kind for r in found] == ["left", "left"]
+        assert all(reason in r.reason for r in found)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    tokens = torch.randint(3, 120, (8, 32), generator=torch.Generator().manual_seed(2))
+    pipeline = "ffn-moe{active=0.5},hidden-route{active=0.5}"
+    model = sparsify.compile("zoo:gpt2", pipeline, calibration=tokens.split(4))
+    model.save(tmp_path / "out")
+    again = sparsify.load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    assert sum(isinstance(m, LiveNeurons) for m in again.modules()) == 2
+    assert sparsify.verify(tmp_path / "out").ok
+    moves = [m for step in model.report.steps for m in step.weights]
+    dense = dict(sparsify.zoo.build("gpt2").model.named_parameters())
+    for name, tensor in dense_weights(again, moves).items():
+        assert tensor.shape == dense[name].shape
