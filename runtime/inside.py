@@ -104,6 +104,10 @@ class LiveNeurons(Magnitude):
 
     # -- selection
 
+    def scores(self, x: Tensor) -> Tensor:
+        """(P, m) as :meth:`forward` gets them, scores already: what settling asks for."""
+        return x
+
     def forward(self, scores: Tensor) -> Tensor:
         """scores (P, m) of all live pairs -> bool (P, m)."""
         return self.live(scores)
@@ -205,4 +209,5 @@ def weighted(hidden: Tensor, weight: Tensor, size: int) -> Tensor:
     if hidden.dtype in HALF:
         hidden = hidden.float()
     experts = hidden.shape[1] // size
-    return (hidden.unflatten(1, (experts, size)) * weight.unsqueeze(2)).flatten(1)
+    by_expert = hidden.view(len(hidden), experts, size)
+    return (by_expert * weight.unsqueeze(2)).flatten(1)
