@@ -3,7 +3,9 @@
 Input j of ``y = W x`` contributes ``x_j W[:, j]``; where ``|x_j| * ||W[:, j]||`` is small it is
 left out and its weight column is not read (TEAL, arXiv:2408.14690, scores by ``|x_j|`` alone; WINA,
 arXiv:2505.19427, by the product). No router is needed and nothing is trained. It works on every
-projection of attention and feed-forward layers: q, k, v, o, gate, up, down. Unlike the papers, one
+projection of attention and feed-forward layers: q, k, v, o, gate, up, down. After ffn-moe it works
+inside the experts: of the live experts' neurons, a token reads those rows of the down projection
+that matter. Unlike the papers, one
 threshold per projection comes from error tables on one scale for the whole model (what a budget
 costs relative to the residual stream), so that layers and roles which can spare more do; thresholds
 settle on what the sparse layers before really send; and a dead input counts as its mean over the
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sparsify.core import Pass, Refused, Rewrite, Splice, option
 from sparsify.regions import Projection
@@ -39,6 +41,7 @@ TOKENS = 512  # calibration tokens kept per projection: each gives as many score
 class HiddenRoute(Pass[Projection]):
     """Projection -> the same, over the input features that are live for the token."""
 
+    works_inside: ClassVar[bool] = True
     active: float = option(1.0, "fraction of input features that a token uses", gt=0, le=1)
     score: str = option(
         "wina", "wina = |x_j| times the norm of its weight column, teal = |x_j|",
@@ -54,6 +57,11 @@ class HiddenRoute(Pass[Projection]):
     def check(self, projection: Projection) -> None:
         if projection.linear.weight.shape[1] < 2:
             raise Refused("a single input feature cannot be routed")
+        if projection.host is not None and projection.role not in projection.host.module.hosts:
+            raise Refused(
+                f"{projection.blocked}; inside, weights are stored neuron by neuron: a row of down "
+                f"can be skipped, an input column of {projection.role} is strided"
+            )
         if self.router == "threshold" and "x" not in projection.samples:
             raise Refused(
                 "threshold routing needs calibration data",
@@ -72,16 +80,28 @@ class HiddenRoute(Pass[Projection]):
 
         linear = projection.linear
         select = self._select(projection)
-        module = RoutedLinear.from_dense(linear.weight, linear.bias, select)
         fitted = "calibrated" if "x" in projection.samples else "uncalibrated"
         note = f"{projection.role}: {select.routed} inputs, {self.score} score, "
         note += f"{select.rule} ({fitted})"
+        if projection.host is not None:
+            from sparsify.runtime.ffn import RoutedFFN
+            from sparsify.runtime.inside import LiveNeurons
+
+            ffn = projection.host.module
+            assert isinstance(ffn, RoutedFFN)
+            inside = LiveNeurons.within(select, ffn.order, ffn.experts)
+            return Rewrite((), note=f"inside the experts, {note}", hosted=inside)
+        module = RoutedLinear.from_dense(linear.weight, linear.bias, select)
         moved = packed_projection(projection, "routed", "columns", "transposed")
         return Rewrite((Splice("routed", module, ("x",), "projection"),), moved, note)
 
     def settle(self, module: nn.Module, inputs: tuple[Tensor, ...], alone: bool) -> Tensor | None:
         from sparsify.runtime.inputs import RoutedLinear
+        from sparsify.runtime.inside import LiveNeurons
 
+        if isinstance(module, LiveNeurons):
+            module.settle(inputs[0], alone=alone)
+            return None
         assert isinstance(module, RoutedLinear)
         select = module.select
         select.settle(select.scores(select.centred(inputs[0])), alone=alone)

@@ -83,9 +83,13 @@ def set_active(
     over = [(path, r) for path, r in chosen if r.clamped(active)]
     if over and warn:
         warnings.warn(over_budget(active, over), stacklevel=2)
-    by_kind = itertools.groupby(
-        sorted(chosen, key=lambda item: _kind(item[1])), key=lambda item: _kind(item[1])
-    )
+    names = {id(router): name for _, name, router in _owned(model)}
+
+    def kind(item: tuple[str, Budgeted]) -> tuple[str, str, bool]:
+        router = item[1]  # inside a module it may bear no name of its own
+        return (names[id(router)], str(router.selector), router.errors is not None)
+
+    by_kind = itertools.groupby(sorted(chosen, key=kind), key=kind)
     for (_, _, errors), group in by_kind:
         members = [router for _, router in group]
         rule = members[0].selector
@@ -130,10 +134,6 @@ def _off(members: Sequence[Budgeted]) -> float:
     return sum(1 - router.active for router in members) / len(members)
 
 
-def _kind(router: Budgeted) -> tuple[str, str, bool]:
-    return (router.pass_name, str(router.selector), router.errors is not None)
-
-
 def _diffuse(members: Sequence[Budgeted], active: float) -> None:
     """Whole units per layer whose running sum stays within half a step of the budget's."""
     owed = 0.0
@@ -153,7 +153,7 @@ def _allocate(members: Sequence[Budgeted], active: float) -> None:
     """
     tables = []
     for router in members:
-        assert router.errors is not None  # _kind
+        assert router.errors is not None  # routers without are a kind of their own
         dead = torch.linspace(0, 1, router.errors.numel(), dtype=torch.float64)
         cost = (router.shared + router.routed * (1 - dead)) * router.unit_cost
         tables.append((router.errors.double().cpu(), cost))

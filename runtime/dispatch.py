@@ -145,6 +145,11 @@ class LiveRows:
         product: Tensor = torch.sparse.sampled_addmm(self.pattern, self.left, weight.t(), beta=0.0)
         return product.values()
 
+    def only(self, live: Tensor) -> LiveRows:
+        """The rows where ``live``, for :meth:`sums`."""
+        before = torch.nn.functional.pad(live.cumsum(0), (1, 0))
+        return dataclasses.replace(self, rows=self.rows[live], bounds=before[self.bounds])
+
     def sums(self, h: Tensor, weight: Tensor, tokens: int) -> Tensor:
         """``sum of h[pair] * weight[row]`` over a token's pairs: (T, D)."""
         bags = torch.nn.functional.embedding_bag(
@@ -198,6 +203,11 @@ class Sum:
             self.total = left @ right
         else:
             self.total = torch.addmm(start, left, right)
+
+    def put(self, rows: Tensor | None, product: Tensor) -> None:
+        """Add a product (n, D) that is made already to the tokens ``rows`` (None = all)."""
+        product, so_far = product.to(self.dtype), self.value()
+        self.total = so_far + product if rows is None else so_far.index_add_(0, rows, product)
 
     def value(self) -> Tensor:
         """The sum so far."""

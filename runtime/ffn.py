@@ -18,9 +18,11 @@ from sparsify.errors import BadInput
 from sparsify.runtime.cost import Cost
 from sparsify.runtime.dispatch import HALF, LiveRows, Plan, Sum, join_graph, plan, watched
 from sparsify.runtime.dropped import at_budget
+from sparsify.runtime.ffn_parts import check_parts, cost_of, options_of, parts_of
+from sparsify.runtime.inside import LiveNeurons, Run, weighted
 from sparsify.runtime.program import Program
 from sparsify.runtime.router import Router, as_parameter, own
-from sparsify.runtime.spec import RoutedModule, dtype_name, dtype_of, nested, routed
+from sparsify.runtime.spec import RoutedModule, routed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,6 +47,8 @@ class RoutedFFN(RoutedModule):
         dropped_at: the P ascending budgets that (P, ..., D) tables were fitted at.
         order: int64 (F,): position i holds the dense model's neuron ``order[i]``; None = in order.
         copies: each expert is a whole dense layer (sparse upcycling), not a part of one.
+        inside: selects among the neurons of live experts; None = all of them are read. A dead one
+            counts as its centre: ``offset`` (N, D) is what a live expert gives with all there.
     """
 
     computes_masked: ClassVar[bool] = True
@@ -66,9 +70,10 @@ class RoutedFFN(RoutedModule):
         dropped_at: Sequence[float] = (),
         order: Tensor | None = None,
         copies: bool = False,
+        inside: LiveNeurons | None = None,
     ) -> None:
         super().__init__()
-        _check(up, gate, down, activation, router)
+        check_parts(up, gate, down, activation, router)
         if slopes is not None and router.order is not None:
             raise BadInput("slopes need a router that scores experts in order")
         if copies and router.unit_weights:
@@ -89,6 +94,7 @@ class RoutedFFN(RoutedModule):
         self.activation = activation
         self.router = router
         self.copies = copies
+        self._put_inside(inside)
 
     @classmethod
     def from_dense(
@@ -173,7 +179,7 @@ class RoutedFFN(RoutedModule):
         select = self.router(x) if scores is None else self.router(x, scores)
         select = select.reshape(-1, self.experts)
         scores = None if scores is None else scores.reshape(len(rows), -1)
-        if self.router.all_live and self.dispatch != "grouped":
+        if self.router.all_live and self.dispatch != "grouped" and self._thin is None:
             y = self._dense(rows, select if select.requires_grad else None)
         elif self.dispatch == "masked":
             y = self._masked(rows, select, scores)
@@ -198,9 +204,10 @@ class RoutedFFN(RoutedModule):
         work = plan(select, fuse=self.dispatch == "auto")
         self.counter.seen(work.tokens, work.units, work.live)
         total = Sum(work.tokens, self.down_bias, self.width, x)
-        weighted = select.requires_grad or not self.router.unit_weights
-        weights = select if weighted else None
-        self._by_expert(x, work, weights, total)
+        weighs = select.requires_grad or not self.router.unit_weights
+        self._by_expert(x, work, select if weighs else None, total)
+        if self._thin is not None and self.offset is not None:
+            total.add(None, select, self.offset)
         if not work.all_live:
             total.total = self._modulated(total.value(), select)
             for left, right in self._stand_ins(work.mask, scores):
@@ -215,7 +222,13 @@ class RoutedFFN(RoutedModule):
         self.counter.seen(len(x), self.experts, int(mask.sum()))
         self.counter.rows += len(x) * self.experts
         total = Sum(len(x), self.down_bias, self.width, x)
-        hidden = self._hidden(x, select, self.up, self.gate, self.up_bias, self.gate_bias)
+        thin = self._thin
+        if thin is None:
+            hidden = self._hidden(x, select, self.up, self.gate, self.up_bias, self.gate_bias)
+        else:
+            hidden = weighted(thin.mask(self.neurons(x), mask), select, self.hidden)
+            if self.offset is not None:
+                total.add(None, select, self.offset)
         total.add(None, hidden, self.down.flatten(0, 1))
         total.total = self._modulated(total.value(), select)
         for left, right in self._stand_ins(mask, scores):
@@ -226,14 +239,22 @@ class RoutedFFN(RoutedModule):
         weights = [None] * len(work.segments) if select is None else work.pairs(select)
         packed = (self.down, self.up, self.gate, self.up_bias, self.gate_bias)
         blocks = [work.split(p) for p in packed]
+        thin, runs = self._thin, list[Run]()
         for segment, weight, down, *first in zip(work.segments, weights, *blocks, strict=True):
             if not segment.count:
                 continue
             assert down is not None
             mine = x if segment.rows is None else x.index_select(0, segment.rows)
-            hidden = self._hidden(mine, weight, *first)
-            total.add(segment.rows, hidden, down.flatten(0, 1))
+            hidden = self._hidden(mine, weight if thin is None else None, *first)
             self.counter.rows += len(mine) * segment.size
+            if thin is None:
+                total.add(segment.rows, hidden, down.flatten(0, 1))
+            else:
+                run = Run(hidden, segment.start, segment.rows, weight, down.flatten(0, 1))
+                runs.append(run)
+        if thin is not None:
+            few = x.device.type == "cpu" and x.dtype not in HALF and not watched(x, self)
+            thin.add(runs, total, few=few)
 
     def _can_pick(self, x: Tensor) -> bool:
         """Whether :meth:`_picked` applies: few tokens, on CPU, and nothing watches."""
@@ -258,11 +279,18 @@ class RoutedFFN(RoutedModule):
             if packed is not None:
                 dots = picked.dots(packed.flatten(0, 1))
                 sums.append(dots if bias is None else dots.add_(bias.flatten()[picked.rows]))
-        hidden = self.activation(*sums).to(x.dtype)
+        hidden, thin, live = self.activation(*sums).to(x.dtype), self._thin, None
+        if thin is not None:
+            hidden, live = thin.pick(hidden, picked.rows, len(x))
         if not self.router.unit_weights:
             hidden = (hidden.view(pairs, m) * select[mask].unsqueeze(1)).flatten()
+        if thin is not None and live is not None:
+            hidden, picked = hidden[live], picked.only(live)
+            thin.counter.rows += len(hidden)
         y = picked.sums(hidden, self.down.flatten(0, 1), len(x))
         self.counter.rows += pairs
+        if thin is not None and self.offset is not None:
+            y = torch.addmm(y, select.to(y.dtype), self.offset)
         if self.down_bias is not None:
             y = y + self.down_bias
         if pairs < len(x) * self.experts:
@@ -319,11 +347,38 @@ class RoutedFFN(RoutedModule):
             bias = None if gate_bias is None else gate_bias.flatten()
             sums.append(linear(x, gate.flatten(0, 1), bias))
         hidden = self.activation(*sums)
-        if weight is None:
-            return hidden
-        if hidden.dtype in HALF:
-            hidden = hidden.float()
-        return (hidden.reshape(len(x), *up.shape[:2]) * weight.unsqueeze(2)).flatten(1)
+        return hidden if weight is None else weighted(hidden, weight, up.shape[1])
+
+    # -- routing inside the experts
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        # down holds one run of memory per neuron; what up and gate read of an input feature is
+        # strided. A whole layer's neurons (copies) are not the dense layer's, each once.
+        own = type(self) is RoutedFFN and not self.copies and self.inside is None
+        return ("down",) if own else ()
+
+    def host(self, role: str, part: RoutedModule) -> None:
+        if role not in self.hosts or not isinstance(part, LiveNeurons):
+            name = type(part).__name__
+            raise BadInput(f"a {name} cannot route {role} inside a {type(self).__name__}")
+        self._put_inside(part)
+
+    def _put_inside(self, part: LiveNeurons | None) -> None:
+        if part is not None and (part.experts, part.size) != tuple(self.up.shape[:2]):
+            raise BadInput(
+                f"{part.experts} experts of {part.size} neurons are selected from, "
+                f"the layer has {self.experts} of {self.hidden}"
+            )
+        offset = None if part is None else part.offsets(self.down)
+        self.inside = part
+        self.offset = None if offset is None else as_parameter(offset, self.down.requires_grad)
+
+    @property
+    def _thin(self) -> LiveNeurons | None:
+        """What selects among neurons, where any may be dead or the routed path is asked for."""
+        part = self.inside
+        return part if part and (self.dispatch == "grouped" or not part.all_live) else None
 
     # -- weights, description, cost
 
@@ -351,83 +406,17 @@ class RoutedFFN(RoutedModule):
         return found
 
     def options(self) -> dict[str, Any]:
-        return {
-            "experts": self.experts,
-            "hidden": self.hidden,
-            "width": self.width,
-            "dtype": dtype_name(self.up.dtype),
-            "gate": self.gate is not None,
-            "up_bias": self.up_bias is not None,
-            "gate_bias": self.gate_bias is not None,
-            "down_bias": self.down_bias is not None,
-            "dropped": self.dropped is not None,
-            "slopes": self.slopes is not None,
-            "dropped_at": list(self.dropped_at),
-            "order": self.order is not None,
-            "copies": self.copies,
-            "activation": self.activation.to_json(),
-            "router": self.router.spec(),
-        }
+        return options_of(self)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        n, m, d = options["experts"], options["hidden"], options["width"]
-        at = options["dropped_at"]
-        dtype = dtype_of(options["dtype"])
-
-        def empty(*shape: int, given: str = "") -> Tensor | None:
-            return torch.empty(shape, dtype=dtype) if not given or options[given] else None
-
-        return cls(
-            torch.empty(n, m, d, dtype=dtype),
-            empty(n, m, d, given="gate"),
-            torch.empty(n, m, d, dtype=dtype),
-            empty(n, m, given="up_bias"),
-            empty(n, m, given="gate_bias"),
-            empty(d, given="down_bias"),
-            activation=Program.from_json(options["activation"]),
-            router=nested(options["router"], Router),
-            dropped=empty(*([len(at)] if at else []), n, d, given="dropped"),
-            slopes=empty(
-                *([len(at)] if at else []), options["router"]["routed"], d, given="slopes"
-            ),
-            dropped_at=at,
-            order=torch.empty(n * m, dtype=torch.int64) if options["order"] else None,
-            copies=options["copies"],
-        )
+        tensors, rest = parts_of(options)
+        return cls(*tensors, **rest)  # type: ignore[arg-type]
 
     def cost(self, active: float | None = None, context: int = 0) -> Cost:
-        router = self.router
-        live = router.live_units(router.active if active is None else active)
-        size, per_unit = (
-            self.up.element_size(),
-            self.hidden * self.width * (2 + (self.gate is not None)),
-        )
-        total = Cost(2 * live * per_unit, live * per_unit * size) + router.cost(active)
-        biases = [b for b in (self.up_bias, self.gate_bias) if b is not None]
-        extra = sum(b.shape[1] for b in biases) * live
-        extra += 0 if self.down_bias is None else self.width
-        if live < self.experts:
-            units = 0 if self.dropped is None else self.experts
-            units += 0 if self.slopes is None else router.routed
-            total += Cost(2 * units * self.width, units * self.width * size)
-        return total + Cost(0, extra * size)
+        return cost_of(self, active)
 
     def extra_repr(self) -> str:
         kind = "copies" if self.copies else "experts"
         gated = ", gated" if self.gate is not None else ""
         return f"{self.experts} {kind} of {self.hidden} neurons, width={self.width}{gated}"
-
-
-def _check(up: Tensor, gate: Tensor | None, down: Tensor, activation: Program, r: Router) -> None:
-    """BadInput unless the pieces fit."""
-    gates = () if gate is None else (gate,)
-    if up.dim() != 3 or any(t.shape != up.shape for t in (down, *gates)):
-        shapes = ", ".join(str(tuple(t.shape)) for t in (up, *gates, down))
-        raise BadInput(f"up, gate and down of a routed FFN must all be (N, m, D), not {shapes}")
-    if len(activation.inputs) != 1 + len(gates):
-        raise BadInput(
-            f"the activation takes {len(activation.inputs)} values, the layer has {1 + len(gates)}"
-        )
-    if r.units != up.shape[0]:
-        raise BadInput(f"a router of {r.units} units cannot route {up.shape[0]} experts")

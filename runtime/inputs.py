@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsify.errors import BadInput
 from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.cost import Cost
+from sparsify.runtime.counters import Counter
 from sparsify.runtime.dispatch import HALF, watched
 from sparsify.runtime.router import as_parameter, own
 from sparsify.runtime.spec import RoutedModule, dtype_name, dtype_of, nested, routed
@@ -129,34 +130,17 @@ class RoutedLinear(RoutedModule):
             self.counter.seen(tokens, width, pairs)
             few = 0 < tokens <= FEW and x.device.type == "cpu" and x.dtype not in HALF
             if few and not watched(x, self):
-                y = self._few(flat, live)
+                y = read_few(flat, live, self.columns, self.counter)
             else:
-                y = self._many(flat, live)
+                masked = flat.masked_fill(~live, 0.0)
+                left, right = used_only(masked, live, self.columns)
+                self.counter.rows += left.numel()
+                y = left @ right
         if self.offset is not None:
             y = y + self.offset
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], out)
-
-    def _few(self, x: Tensor, live: Tensor) -> Tensor:
-        """Each token reads the columns that are live for it, and no others."""
-        token, feature = live.nonzero(as_tuple=True)
-        starts = torch.nn.functional.pad(live.sum(1).cumsum(0)[:-1], (1, 0))
-        self.counter.rows += len(feature)
-        return torch.nn.functional.embedding_bag(
-            feature, self.columns, starts, mode="sum", per_sample_weights=x[token, feature]
-        )
-
-    def _many(self, x: Tensor, live: Tensor) -> Tensor:
-        """One product over the columns that are live for any token; dead entries are zero."""
-        masked = x.masked_fill(~live, 0.0)
-        used = live.any(0)
-        count = int(used.sum())
-        self.counter.rows += len(x) * count
-        if count == len(used):
-            return masked @ self.columns
-        at = used.nonzero().flatten()
-        return masked.index_select(1, at) @ self.columns.index_select(0, at)
 
     def dense_weights(self) -> dict[str, Tensor]:
         found = {"weight": self.columns.detach().t()}
@@ -189,3 +173,22 @@ class RoutedLinear(RoutedModule):
 
     def extra_repr(self) -> str:
         return f"in={self.columns.shape[0]}, out={self.columns.shape[1]}"
+
+
+def read_few(x: Tensor, live: Tensor, columns: Tensor, counter: Counter) -> Tensor:
+    """``x (T, in) @ columns (in, out)`` where live: each token reads its rows and no others."""
+    token, feature = live.nonzero(as_tuple=True)
+    starts = torch.nn.functional.pad(live.sum(1).cumsum(0)[:-1], (1, 0))
+    counter.rows += len(feature)
+    return torch.nn.functional.embedding_bag(
+        feature, columns, starts, mode="sum", per_sample_weights=x[token, feature]
+    )
+
+
+def used_only(x: Tensor, live: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` and ``columns`` without the features that no token uses; x is zero where dead."""
+    used = live.any(0)
+    at = used.nonzero().flatten()
+    if len(at) == len(used):
+        return x, columns
+    return x.index_select(1, at), columns.index_select(0, at)

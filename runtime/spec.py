@@ -76,6 +76,15 @@ class RoutedModule(nn.Module):
         """role -> tensor in the dense model's layout: the executable inverse of the weight map."""
         return {}
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Roles of the linears inside that a later pass may route."""
+        return ()
+
+    def host(self, role: str, part: RoutedModule) -> None:
+        """Take ``part`` in, which routes the linear ``role``, one of :attr:`hosts`."""
+        raise NotImplementedError
+
     def params(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters())
@@ -94,6 +103,7 @@ _OURS: dict[str, str] = {
     "RoutedLinear": "sparsify.runtime.inputs",
     "RoutedFFN": "sparsify.runtime.ffn",
     "CompressedFFN": "sparsify.runtime.compressed",
+    "LiveNeurons": "sparsify.runtime.inside",
     "ConditionedFFN": "sparsify.runtime.conditioned",
     "ModalityFFN": "sparsify.runtime.modality",
     "ModalityLinear": "sparsify.runtime.modality",

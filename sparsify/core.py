@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparsify.regions import Region
+    from sparsify.runtime.spec import RoutedModule
 
 Value = int | float | str | bool
 R = TypeVar("R", bound="Region")
@@ -168,6 +169,7 @@ class Rewrite:
         default_factory=dict
     )  # modules: path before -> now
     claim: Claim | None = None  # where this region gets less than the pass claims
+    hosted: RoutedModule | None = None  # goes into the region's host, not into the graph
     length: int = 0  # roundings on the longest path, for the REORDERED tolerance; 0 = the region's
 
 
@@ -265,6 +267,7 @@ class Pass(Generic[R]):
     summary: ClassVar[str] = ""
     region_type: ClassVar[type[Any]]
     moves_weights: ClassVar[bool] = True  # False: it routes, and leaves every weight where it is
+    works_inside: ClassVar[bool] = False  # takes parts that have a host (see Region.host) too
     claim: ClassVar[Claim] = REORDERED
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -129,14 +129,15 @@ def check_regions(
         dense: region key (``kind:path``) -> result of the dense run.
         also_force: other regions whose results are also replaced by the dense ones.
     """
-    marks = {r.ports["y"]: dense[key(r)] for r in [*also_force, *(r for r, _ in rewritten)]}
+    shown = [r.whole for r in [*also_force, *(r for r, _ in rewritten)]]
+    marks = {r.ports["y"]: dense[key(r)] for r in shown}
     runner = _Forced(gm, marks)
     with torch.no_grad(), dense_limit(gm):
         runner.run(*example)
     found = []
     for region, claims in rewritten:
-        error, scale = runner.errors[region.ports["y"]]
-        dtype = dense[key(region)].dtype
+        error, scale = runner.errors[region.whole.ports["y"]]
+        dtype = dense[key(region.whole)].dtype
         limit = allowed(claims, dtype, scale)
         found.append(
             Evidence(

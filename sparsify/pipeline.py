@@ -22,7 +22,7 @@ from sparsify.probe import annotate
 from sparsify.regions import Matches, NearMiss, Region
 from sparsify.report import Evidence, Step
 from sparsify.reproducer import write_reproducer
-from sparsify.rewrite import finish, node_count, renamed, splice
+from sparsify.rewrite import finish, install, node_count, renamed, splice
 from sparsify.runtime.dial import set_active
 from sparsify.text import StageText, unparse
 
@@ -117,15 +117,23 @@ def run_stage(
         else:
             own = (outcome.claim or work.claim, outcome.length or region.length)
             taken = [state.gm.get_submodule(path) for path in outcome.moved]
-            inside = dict.fromkeys(state.proven[m] for m in taken if m in state.proven)
-            names = splice(state.gm, region, outcome, work.name, everything)
-            state.made += [(part.module, work) for part in outcome.splices]
+            if region.host is not None:
+                taken.append(region.host.module)
+            held = [m for module in taken for m in module.modules()]
+            inside = dict.fromkeys(state.proven[m] for m in held if m in state.proven)
+            if outcome.hosted is not None:
+                names = install(region, outcome, work.name)
+                own = (own[0], region.whole.length)
+            else:
+                names = splice(state.gm, region, outcome, work.name, everything)
+            new = _modules(outcome)
+            state.made += [(module, work) for module in new]
             for was, now in outcome.moved.items():
                 state.moved[was] = next(
                     (now.replace(a, b, 1) for a, b in names.items() if now.startswith(f"{a}.")), now
                 )
             done.append((region, [own, *inside]))
-            state.proven |= dict.fromkeys((part.module for part in outcome.splices), own)
+            state.proven |= dict.fromkeys(new, own)
             moved.extend(renamed(outcome.weights, names))
             remarks.append(
                 Remark(
@@ -181,7 +189,7 @@ def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
         return left("not selected by at= / skip=")
     if region.rewritten_by is not None:
         return left(f"already rewritten by {region.rewritten_by}")
-    if region.blocked is not None:
+    if region.blocked is not None and not (work.works_inside and region.host is not None):
         return left(region.blocked)
     try:
         work.check(region)
@@ -189,10 +197,16 @@ def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
             rewrite = work.rewrite(region)
     except Refused as refused:
         return left(refused.reason, refused.suggestion)
-    for part in rewrite.splices:
-        part.module.pass_name = work.name  # type: ignore[assignment]
-        part.module.eval()  # as the captured graph is: no noise, no choice among later tokens
+    for module in _modules(rewrite):
+        module.pass_name = work.name  # type: ignore[assignment]
+        module.eval()  # as the captured graph is: no noise, no choice among later tokens
     return rewrite
+
+
+def _modules(rewrite: Rewrite) -> list[nn.Module]:
+    """The modules that a rewrite makes."""
+    hosted = [] if rewrite.hosted is None else [rewrite.hosted]
+    return [*(part.module for part in rewrite.splices), *hosted]
 
 
 def near_miss_remark(miss: NearMiss, pass_name: str) -> Remark:
@@ -223,6 +237,7 @@ def stop_on_failure(
     kind = stage.work.region_type if stage is not None else Region
     by_path = {r.path: r for r in state.matches.of(kind)}
     region = by_path.get(worst.region) if worst.scope == "region" else None
+    region = None if region is None else region.whole
     pipeline = unparse([s.text for s in state.stages])
     folder = None
     if reproducer is not None and region is not None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
     from sparsify.runtime.program import Program
+    from sparsify.runtime.spec import RoutedModule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Region:
         block: index of the repeated block it lies in, or None.
         parts: smaller regions inside it (its projections); Matches.all_regions lists them too.
         made: splice name -> module, of the pass that rewrote it.
+        host: where a larger region was rewritten (``blocked`` says so) by a module inside which
+            parts still can be routed.
     """
 
     kind: ClassVar[str] = "Region"
@@ -80,6 +83,12 @@ class Region:
     block: int | None = None
     parts: list[Projection] = dataclasses.field(default_factory=list, repr=False)
     made: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False)
+    host: Host | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def whole(self) -> Region:
+        """The region whose result shows what this one does: itself, or the one it lies inside."""
+        return self if self.host is None else self.host.region
 
     @property
     def condition_width(self) -> int:
@@ -95,6 +104,14 @@ class Region:
     def length(self) -> int:
         """Roundings on the longest path through the region (for tolerances)."""
         return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A routed module with linears inside that can be routed too, and the region it computes."""
+
+    region: Region
+    module: RoutedModule
 
 
 @dataclasses.dataclass

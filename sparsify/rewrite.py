@@ -13,7 +13,8 @@ from torch import fx, nn
 from sparsify.core import Moved, Rewrite
 from sparsify.errors import SparsifyBug
 from sparsify.probe import attribute, op_base
-from sparsify.regions import Region
+from sparsify.regions import Host, Region
+from sparsify.runtime.spec import RoutedModule
 
 
 def splice(
@@ -92,15 +93,32 @@ def splice(
     kept = set(gm.graph.nodes) - set(replaced)
     gone = before - kept
     for other in regions:
+        if other.host is not None and other.host.region.ports["y"] not in kept:
+            other.host = None  # its module went into another graph
+    for other in regions:
         taken = other is region or other.rewritten_by is not None or other.blocked is not None
         if taken or not gone & overlapping[id(other)]:
             continue
         inside = overlapping[id(other)] <= overlapping[id(region)]
         how = "it lies inside" if inside else "a part of it is"
         other.blocked = f"{how} {region.path}, which {pass_name} rewrote"
+        if any(other is part for part in region.parts) and len(rewrite.splices) == 1:
+            module = rewrite.splices[0].module
+            if isinstance(module, RoutedModule) and module.hosts:
+                other.host = Host(region, module)
     for order, node in enumerate(gm.graph.nodes):
         node.meta["order"] = order
     return names
+
+
+def install(region: Region, rewrite: Rewrite, pass_name: str) -> dict[str, str]:
+    """Put a module into the region's host; the graph stays. Returns as :func:`splice` does."""
+    host, role = region.host, getattr(region, "role", "")
+    if host is None or rewrite.hosted is None or role not in host.module.hosts:
+        raise SparsifyBug(f"{pass_name} works inside {region.path}, which has no host")
+    host.module.host(role, rewrite.hosted)
+    region.rewritten_by = pass_name
+    return {}
 
 
 def _take_apart(

@@ -133,3 +133,14 @@ def test_shared_units_above_the_budget_say_so_once() -> None:
 
 def test_a_router_alone() -> None:
     assert set_active(Router(torch.randn(4, 8)), 0.5) == {"": 0.5}
+
+
+def test_passes_do_not_share_a_budget() -> None:
+    """Two passes whose routers lie inside modules: units of one are no currency of the other."""
+    model = stack(4, 6, rule="threshold")
+    for number, block in enumerate(model):
+        block.router.errors = torch.linspace(0, 1, 65).square() * (1 + 99 * (number // 2))
+        block.pass_name = ("ffn-moe", "ffn-moe", "other", "other")[number]
+    budgets = list(set_active(model, 0.5).values())
+    assert sum(budgets[:2]) / 2 == pytest.approx(0.5, abs=0.02)
+    assert sum(budgets[2:]) / 2 == pytest.approx(0.5, abs=0.02)
