@@ -150,9 +150,8 @@ def test_what_cannot_be() -> None:
 
 
 def test_healing_with_shards_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # what is wrong here are the stand-ins: they learn fast (as in tests/unit/test_healing.py)
-    monkeypatch.setattr(healing, "RATES", {**healing.RATES, "stand-ins": 1e-3})
-    options = {**OPTIONS, "shards": 4, "rank": 2, "rate": 5.0}
+    monkeypatch.setattr(healing, "RATES", {**healing.RATES, "stand-ins": 1e-3})  # as test_healing
+    options = {**OPTIONS, "shards": 4, "rank": 2, "rate": 20.0}
     straight, broken = model(), model()
     one = heal(straight, [IDS], **options)
     assert one.improved and one.trained == heal(model(), [IDS], **{**options, "shards": 0}).trained
