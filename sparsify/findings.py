@@ -25,7 +25,9 @@ class RegionRow:
 
 
 def _wrapped(text: str, indent: int, width: int) -> list[str]:
-    """The text in lines of at most ``width``, further ones indented a little more."""
+    """The text in lines of at most ``width`` (0 = one line), further ones indented more."""
+    if not width:
+        return [" " * indent + text]
     return textwrap.wrap(
         text,
         width,
