@@ -104,7 +104,7 @@ class DepthMor(Pass[Stack]):
 
     def rewrite(self, stack: Stack) -> Rewrite:
         from sparsify.bodies import hand_over
-        from sparsify.passes._depth import attends_to_all, routed_layer
+        from sparsify.passes._depth import attends_to_all, is_causal, routed_layer
 
         splices: list[Splice] = []
         moved: dict[str, str] = {}
@@ -121,11 +121,8 @@ class DepthMor(Pass[Stack]):
                     before = (last,) if last else ()
                     splices.append(Splice(name, router, (_port(layers[0]), *before)))
                     last = name
-                for index in layers:
-                    layer, source = (
-                        stack.layers[index],
-                        stack.layers[index - layers[0] + steps[0][0]],
-                    )
+                for place, index in zip(steps[0], layers, strict=True):
+                    layer, source = stack.layers[index], stack.layers[place]
                     keys = source if self.kv == "shared" else layer if everyone else None
                     splice, inside = routed_layer(
                         stack,
@@ -143,12 +140,14 @@ class DepthMor(Pass[Stack]):
         if self.kv == "shared":
             for layer, source in routed:
                 hand_over(layer, source)
-        note = self._note(stack, plan, router) + (", keys and values of every token" * everyone)
+        note = self._note(stack, plan, router)
+        if everyone:
+            note += ", keys and values of every token"
+        elif self.kv != "shared" and is_causal(stack.layers[0]):
+            note += ", cache slots of tokens that left are empty"
         return Rewrite(tuple(splices), (), note, moved=moved, claim=claim)
 
     def _note(self, stack: Stack, plan: Sequence[Sequence[range]], router: DepthRouter) -> str:
-        from sparsify.passes._depth import is_causal
-
         steps = " | ".join(_shown(steps) for steps in plan)
         fitted = "calibrated" if stack.samples else "from weights"
         note = (
@@ -156,8 +155,6 @@ class DepthMor(Pass[Stack]):
         )
         if self.kv == "shared":
             return note + ", all steps attend to the keys and values of the first"
-        if self.kv == "recursion" and is_causal(stack.layers[0]):
-            note += ", cache slots of tokens that left are empty"
         return note
 
     def _router(
