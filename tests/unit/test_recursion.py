@@ -18,7 +18,9 @@ from sparsify.core import Refused
 from sparsify.passes._sharing import groups, runs
 from sparsify.runtime.depth import RoutedLayer
 from sparsify.runtime.generate import generate
+from sparsify.runtime.prefix import Prefix
 from sparsify.runtime.recursion import DepthChoice, RecursionRouter, step_shares
+from sparsify.runtime.tied import TiedLinear
 from tests.contract.zoo_captures import captured
 
 LAYERS = 6
@@ -315,3 +317,50 @@ def test_tied_projection_is_mean_plus_best_residual() -> None:
         module(x)
     assert module.counter.rows == 3 * 8 and module.counter.units_live == 3 * 8
     assert module.cost(0.5).flops == 2 * (16 * 32 + 8 * (16 + 32))
+
+
+# ------------------------------------------------------------------------------ gradients
+
+
+def test_gradcheck_of_a_tied_projection() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    shared, up, down, bias, x = drawn(5, 4), drawn(3, 5), drawn(3, 4), drawn(5), drawn(2, 4)
+    rank = Prefix(3, active=0.67)
+
+    def run(*parts: Tensor) -> Tensor:
+        module = TiedLinear(*parts[:4], rank=rank)
+        named = dict(zip(("shared", "up", "down", "bias"), parts[:4], strict=True))
+        return torch.func.functional_call(module, named, (parts[4],))
+
+    assert rank.count == 2
+    assert torch.autograd.gradcheck(run, (shared, up, down, bias, x))
+
+
+@pytest.mark.parametrize("name", ["expert", "expert-all", "expert-shared"])
+def test_gradcheck_of_a_routed_layer(name: str) -> None:
+    """Of the stream and of who is live; gathering and putting back is exact to first order."""
+    options = ",".join(f"{k}={v}" for k, v in CASES[name].items())
+    model: Any = sparsify.compile(
+        deep_llama()[1], f"depth-mor{{{options}}}", share=False, reproducer=None
+    )
+    model = model.double()
+    layer = next(m for m in model.modules() if isinstance(m, RoutedLayer))
+    seen: list[tuple[Tensor, ...]] = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 8)[None])
+    handle.remove()
+    _, x, *others = seen[0]
+    select = torch.tensor([1.0, 0, 1, 1, 0], dtype=torch.float64).view(1, 5, 1)
+    live = select[select != 0].clone().requires_grad_()
+
+    def run(x: Tensor, live: Tensor) -> Tensor:
+        weight = torch.zeros_like(select).masked_scatter(select != 0, live)
+        y = layer(weight, x, *others)
+        return y if isinstance(y, Tensor) else y[0]
+
+    assert torch.autograd.gradcheck(run, (x.detach().requires_grad_(), live))
