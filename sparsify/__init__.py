@@ -40,7 +40,14 @@ if TYPE_CHECKING:
     )
     from sparsify.errors import SparsifyError
     from sparsify.healing import heal
-    from sparsify.regions import Attention, FeedForward, Projection, Region
+    from sparsify.regions import (
+        Attention,
+        FeedForward,
+        Layer,
+        Projection,
+        Region,
+        Stack,
+    )
     from sparsify.report import Report
     from sparsify.runtime.model import SparseModel
 
@@ -58,7 +65,7 @@ _HOME = {
     ),
     "sparsify.errors": ("SparsifyError",),
     "sparsify.healing": ("heal",),
-    "sparsify.regions": ("Attention", "FeedForward", "Projection", "Region"),
+    "sparsify.regions": ("Attention", "FeedForward", "Layer", "Projection", "Region", "Stack"),
     "sparsify.report": ("Report",),
     "sparsify.runtime.model": ("SparseModel",),
 }  # fmt: skip
@@ -72,6 +79,7 @@ __all__ = [
     "Attention",
     "Claim",
     "FeedForward",
+    "Layer",
     "Moved",
     "Pass",
     "Projection",
@@ -83,6 +91,7 @@ __all__ = [
     "SparseModel",
     "SparsifyError",
     "Splice",
+    "Stack",
     "bisect",
     "compile",
     "diff",
