@@ -17,7 +17,7 @@ import torch
 
 from sparsify import api
 from sparsify.corpus import Split, token_blocks
-from sparsify.evaluate import compare
+from sparsify.evaluate import compare, dense_run, pruned_run
 from sparsify.models import load_model
 from sparsify.runtime.counters import counters, reset
 from sparsify.runtime.dial import kept, set_active
@@ -28,7 +28,6 @@ from sparsify.static_layers import (
     layers_of,
     rank_layers,
 )
-from sparsify.static_pruning import all_live
 
 RESULTS = Path(__file__).parent / "results" / "depth.json"
 PIPELINES = {
@@ -88,7 +87,9 @@ def dropping(model: Any, ranking: LayerRanking, count: int, held_out: Any) -> li
     last = range(len(ranking.paths) - count, len(ranking.paths))
     biases = {ranking.paths[at]: ranking.change[at] for at in last}
     ways.append(LayerPlan(biases, len(ranking.paths), "the last layers, mean added back"))
-    scores = compare(dense(model), {way.note: applied(model, way) for way in ways}, held_out)
+    scores = compare(
+        dense_run(model, model), {way.note: pruned_run(model, model, way) for way in ways}, held_out
+    )
     best = min(ways, key=lambda way: scores[way.note].perplexity)
     rows = []
     for way in (best, ways[-1]):
@@ -118,7 +119,7 @@ def measured(model: Any, vehicle: Any, held_out: Any, active: float, count: int)
                 tokens["all"] += counter.units_total
         return out
 
-    scores = compare(dense(vehicle), {"routed": routed}, held_out)
+    scores = compare(dense_run(vehicle, vehicle), {"routed": routed}, held_out)
     live = tokens["live"] / tokens["all"]
     layers = (len(paths) * live + count - len(paths)) / count
     return {
@@ -127,26 +128,6 @@ def measured(model: Any, vehicle: Any, held_out: Any, active: float, count: int)
         "ratio": scores["routed"].perplexity / scores["dense"].perplexity,
         "kl": scores["routed"].mean_kl,
     }
-
-
-def dense(model: Any) -> Any:
-    """The model with everything live."""
-
-    def run(ids: torch.Tensor) -> Any:
-        with all_live(model):
-            return model(ids)
-
-    return run
-
-
-def applied(model: Any, way: Any) -> Any:
-    """The model without the layers of a plan."""
-
-    def run(ids: torch.Tensor) -> Any:
-        with way.applied(model):
-            return model(ids)
-
-    return run
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify.core import Refused, Splice
 from sparsify.regions import Attention, Layer, Region
-from sparsify.runtime.depth import EPS, RoutedLayer
+from sparsify.runtime.depth import EPS, DepthRouter, RoutedLayer
 
 TOKENS = 4096  # calibration tokens kept per layer
 
@@ -119,6 +119,11 @@ def updates(samples: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     varying = (change - change.mean(0)).square().sum(-1, keepdim=True)
     energy = varying / y.square().sum(-1, keepdim=True).clamp_min(EPS)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), energy, change
+
+
+def easier_half(router: DepthRouter, x: Tensor) -> Tensor:
+    """Which of the tokens x (T, D) score in the lower half."""
+    return router.scores(x)[:, 0].argsort()[: len(x) // 2]
 
 
 def plain_weight(width: int, units: int, seed: int) -> Tensor:

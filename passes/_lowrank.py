@@ -8,7 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.core import Refused
+
 FLOOR = 1e-6  # added to C, relative to its mean diagonal: directions the data lack stay in order
+
+
+def check_wide(weight: Tensor) -> None:
+    """Refused where the weight's dtype is too narrow for factors that meet a BOUNDED claim."""
+    if weight.dtype.itemsize < 4:
+        raise Refused(
+            "rounding the factors to a half type costs more than the claim allows",
+            suggestion="convert in float32, then .to(torch.bfloat16)",
+        )
 
 
 def weighted_svd(weight: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:

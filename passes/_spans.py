@@ -7,10 +7,21 @@ import math
 import torch
 from torch import Tensor
 
+from sparsify.core import Refused
+from sparsify.errors import BadInput
+from sparsify.regions import Attention
 from sparsify.runtime.budget import error_table
-from sparsify.runtime.spans import SpanAttend
+from sparsify.runtime.spans import SpanAttend, split_softmax
 
 ROWS = 8  # sequences that are measured
+
+
+def check_softmax(attention: Attention) -> None:
+    """Refused where the scores are more than elementwise steps around one softmax."""
+    try:
+        split_softmax(attention.score)
+    except BadInput as error:
+        raise Refused(str(error)) from None
 
 
 def fit(module: SpanAttend, q: Tensor, k: Tensor, v: Tensor, *operands: Tensor) -> None:

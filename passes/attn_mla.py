@@ -35,12 +35,10 @@ class AttnMla(Pass[Attention]):
     active: float = option(1.0, "fraction of the full rank that is live", gt=0, le=1)
 
     def check(self, attention: Attention) -> None:
+        from sparsify.passes._lowrank import check_wide
+
         parts = self._parts(attention)
-        if parts[0].linear.weight.dtype.itemsize < 4:
-            raise Refused(
-                "rounding the factors to a half type costs more than the claim allows",
-                suggestion="convert in float32, then .to(torch.bfloat16)",
-            )
+        check_wide(parts[0].linear.weight)
         for part in parts:
             if part.rewritten_by is not None or part.blocked is not None:
                 raise Refused(part.blocked or f"{part.path} is rewritten by {part.rewritten_by}")

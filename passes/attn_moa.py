@@ -35,15 +35,11 @@ class AttnMoa(Pass[Attention]):
     steps: int = option(16, "spans grow in steps of this part of the keys", ge=2, le=256)
 
     def check(self, attention: Attention) -> None:
-        from sparsify.errors import BadInput
-        from sparsify.runtime.spans import split_softmax
+        from sparsify.passes._spans import check_softmax
 
         if attention.cross:
             raise Refused("queries and keys are of different sequences: there is no distance")
-        try:
-            split_softmax(attention.score)
-        except BadInput as error:
-            raise Refused(str(error)) from None
+        check_softmax(attention)
 
     def taps(self, region: Attention) -> Mapping[str, int]:
         return {"x": 1}  # spans are fitted where the calibration data run again: see settle
@@ -54,11 +50,7 @@ class AttnMoa(Pass[Attention]):
 
         module = SpanAttend(
             attention.score,
-            heads=attention.heads,
-            kv_heads=attention.kv_heads,
-            head_dim=attention.head_dim,
-            value_dim=attention.value_dim,
-            causal=attention.causal,
+            **attention.sizes,
             alpha=self.alpha,
             sinks=self.sinks,
             steps=self.steps,

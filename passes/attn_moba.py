@@ -18,7 +18,7 @@ import math
 from typing import ClassVar
 
 from sparsify.core import Pass, Refused, Rewrite, Splice, option
-from sparsify.errors import BadInput, BadOption
+from sparsify.errors import BadOption
 from sparsify.regions import Attention
 
 
@@ -48,14 +48,11 @@ class AttnMoba(Pass[Attention]):
             )
 
     def check(self, attention: Attention) -> None:
-        from sparsify.runtime.spans import split_softmax
+        from sparsify.passes._spans import check_softmax
 
         if attention.cross:
             raise Refused("queries and keys are of different sequences: no block is a query's own")
-        try:
-            split_softmax(attention.score)
-        except BadInput as error:
-            raise Refused(str(error)) from None
+        check_softmax(attention)
         if not self.grid:
             return
         queries, keys = (attention.ports[name].meta["shape"][2] for name in "qk")
@@ -78,11 +75,7 @@ class AttnMoba(Pass[Attention]):
             tile = tile_of_layer(grid, tile, attention.index)
         module = BlockAttend(
             attention.score,
-            heads=attention.heads,
-            kv_heads=attention.kv_heads,
-            head_dim=attention.head_dim,
-            value_dim=attention.value_dim,
-            causal=attention.causal,
+            **attention.sizes,
             block=self.block,
             selection=self.selection,
             grid=grid,

@@ -82,11 +82,7 @@ class AttnMoh(Pass[Attention]):
         router, dropped = self._router(attention)
         attend = RoutedAttend(
             attention.score,
-            heads=attention.heads,
-            kv_heads=attention.kv_heads,
-            head_dim=attention.head_dim,
-            value_dim=attention.value_dim,
-            causal=attention.causal,
+            **attention.sizes,
             time_major=attention.time_major,
         )
         output = RoutedColumns.from_dense(

@@ -100,6 +100,7 @@ class DepthMod(Pass[Layer]):
     def _router(self, layer: Layer) -> tuple[DepthRouter, Tensor | None]:
         """The block's router, and what skipping tokens get instead."""
         from sparsify.passes._depth import (
+            easier_half,
             is_causal,
             normal_quantiles,
             plain_weight,
@@ -119,5 +120,6 @@ class DepthMod(Pass[Layer]):
         router = DepthRouter(weight.to(dtype), bias.to(dtype), rule=rule)
         x = layer.samples["x"].to(dtype)
         router.calibrate(x, energy)
-        easier = router.scores(x)[:, 0].argsort()[: len(x) // 2]
-        return router, change[easier].mean(0).to(dtype) if self.compensate else None
+        if not self.compensate:
+            return router, None
+        return router, change[easier_half(router, x)].mean(0).to(dtype)

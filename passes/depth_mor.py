@@ -136,8 +136,9 @@ class DepthMor(Pass[Stack]):
                     splices.append(splice)
                     moved |= inside
                     routed.append((layer, source))
-        claim = APPROXIMATE if self.kv == "shared" else None
+        claim = None
         if self.kv == "shared":
+            claim = APPROXIMATE
             for layer, source in routed:
                 hand_over(layer, source)
         note = self._note(stack, plan, router)
@@ -162,6 +163,7 @@ class DepthMor(Pass[Stack]):
     ) -> tuple[DepthRouter, Tensor | None]:
         """The router before ``step``, and which calibration tokens are the easier half for it."""
         from sparsify.passes._depth import (
+            easier_half,
             is_causal,
             normal_quantiles,
             plain_weight,
@@ -192,8 +194,7 @@ class DepthMor(Pass[Stack]):
         weight, bias = fit_router(unit, energy)
         router = made(weight.to(dtype), bias.to(dtype), None)
         router.calibrate(x.to(dtype))
-        easier = router.scores(x.to(dtype))[:, 0].argsort()[: len(x) // 2]
-        return router, easier if self.compensate else None
+        return router, easier_half(router, x.to(dtype)) if self.compensate else None
 
     def _dropped(self, stack: Stack, index: int, easier: Tensor | None) -> Tensor | None:
         """(D,) what a token that skips the layer gets: the mean change of the easier half."""

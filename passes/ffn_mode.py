@@ -70,12 +70,7 @@ class FfnMode(Pass[FeedForward]):
         weight = torch.randn(experts - self.shared, width, generator=generator) * self.noise
         router = Router(weight.to(ffn.up.weight), shared=self.shared, rule="top-k")
         module = ConditionedFFN.from_dense(
-            ffn.up.weight,
-            ffn.gate.weight if ffn.gate is not None else None,
-            ffn.down.weight,
-            ffn.up.bias,
-            ffn.gate.bias if ffn.gate is not None else None,
-            ffn.down.bias,
+            *ffn.tensors,
             order=order,
             experts=experts,
             activation=ffn.activation,

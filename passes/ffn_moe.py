@@ -98,12 +98,7 @@ class FfnMoe(Pass[FeedForward]):
         else:
             router, dropped = self._from_weights(ffn, order, experts, shared), None
         module = self._layer().from_dense(
-            ffn.up.weight,
-            ffn.gate.weight if ffn.gate is not None else None,
-            ffn.down.weight,
-            ffn.up.bias,
-            ffn.gate.bias if ffn.gate is not None else None,
-            ffn.down.bias,
+            *ffn.tensors,
             order=order,
             experts=experts,
             activation=ffn.activation,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from sparsify.core import APPROXIMATE, BOUNDED, REORDERED, Refused, Rewrite, Splice, option
+from sparsify.core import APPROXIMATE, BOUNDED, REORDERED, Rewrite, Splice, option
 from sparsify.passes.ffn_moe import FfnMoe
 from sparsify.regions import FeedForward
 
@@ -37,11 +37,9 @@ class FfnMole(FfnMoe):
     rank: float = option(1.0, "latent features, as a fraction of the full rank", gt=0, le=1)
 
     def check(self, ffn: FeedForward) -> None:
-        if ffn.up.weight.dtype.itemsize < 4:
-            raise Refused(
-                "rounding the factors to a half type costs more than the claim allows",
-                suggestion="convert in float32, then .to(torch.bfloat16)",
-            )
+        from sparsify.passes._lowrank import check_wide
+
+        check_wide(ffn.up.weight)
         super().check(ffn)
 
     def rewrite(self, ffn: FeedForward) -> Rewrite:

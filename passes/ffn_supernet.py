@@ -69,12 +69,7 @@ class FfnSupernet(Pass[FeedForward]):
             scale = 1 / float(stream.double().mean().clamp_min(1e-30))
             errors = error_table(ranked.values.flip(0), scale)
         module = SupernetFFN.from_dense(
-            ffn.up.weight,
-            ffn.gate.weight if ffn.gate is not None else None,
-            ffn.down.weight,
-            ffn.up.bias,
-            ffn.gate.bias if ffn.gate is not None else None,
-            ffn.down.bias,
+            *ffn.tensors,
             order=ranked.indices,
             activation=ffn.activation,
             router=self._router(ffn, errors),

@@ -43,12 +43,7 @@ class FfnUpcycle(Pass[FeedForward]):
             weight.to(ffn.up.weight), rule="softmax-top-k", active=self.k / self.experts
         )
         module = RoutedFFN.from_dense(
-            ffn.up.weight,
-            ffn.gate.weight if ffn.gate is not None else None,
-            ffn.down.weight,
-            ffn.up.bias,
-            ffn.gate.bias if ffn.gate is not None else None,
-            ffn.down.bias,
+            *ffn.tensors,
             experts=self.experts,
             activation=ffn.activation,
             router=router,

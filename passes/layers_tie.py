@@ -42,11 +42,9 @@ class LayersTie(Pass[Projection]):
     rank: float = option(1.0, "rank of the residual that is stored, as a fraction", gt=0, le=1)
 
     def check(self, projection: Projection) -> None:
-        if projection.linear.weight.dtype.itemsize < 4:
-            raise Refused(
-                "rounding the factors to a half type costs more than the claim allows",
-                suggestion="convert in float32, then .to(torch.bfloat16)",
-            )
+        from sparsify.passes._lowrank import check_wide
+
+        check_wide(projection.linear.weight)
         members = self._members(projection)
         free = [p for p in members if p.rewritten_by in (None, self.name) and p.blocked is None]
         if len(free) < 2:

@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 EPS = 1e-6
 
 
+def straight_through(scores: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
+    """One where live, else 0; where live, with the gradient of the score's sigmoid."""
+    if not scores.requires_grad:
+        return live.to(dtype)
+    s = torch.sigmoid(scores)
+    return torch.where(live, 1 + (s - s.detach()), 0.0).to(dtype)
+
+
 @routed
 class DepthRouter(Budgeted):
     """Which tokens run a layer: one score per token, of its direction ``x / rms(x)``.
@@ -45,6 +53,7 @@ class DepthRouter(Budgeted):
     """
 
     counts: ClassVar[bool] = False  # the layers count
+    own: ClassVar[tuple[str, ...]] = ()  # a subclass's further arguments, stored as they are
 
     def __init__(
         self,
@@ -94,27 +103,28 @@ class DepthRouter(Budgeted):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> select (B, T, 1), 0 where dead, else one (straight-through)."""
-        follows = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if self.all_live and not follows:
+        if self.all_live and not self.follows(x):
             return x.new_ones((*x.shape[:-1], 1))
         scores = self.scores(x)
-        live = self.live(scores)
-        if scores.requires_grad:
-            s = torch.sigmoid(scores)
-            return torch.where(live, 1 + (s - s.detach()), 0.0).to(x.dtype)
-        return live.to(x.dtype)
+        return straight_through(scores, self.live(scores), x.dtype)
+
+    def follows(self, x: Tensor) -> bool:
+        """Whether autograd follows the scores of ``x``."""
+        return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
 
     def options(self) -> dict[str, Any]:
         return {
             "width": self.weight.shape[1],
             "dtype": dtype_name(self.weight.dtype),
+            **{name: getattr(self, name) for name in self.own},
             **self.budget_options(),
         }
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         weight = torch.empty(1, options["width"], dtype=dtype_of(options["dtype"]))
-        return cls(weight, **cls.budget_arguments(options)).restore(options)
+        more = {name: options[name] for name in cls.own}
+        return cls(weight, **more, **cls.budget_arguments(options)).restore(options)
 
     def cost(self, active: float | None = None, context: int = 0) -> Cost:
         if (self.active if active is None else active) >= 1:

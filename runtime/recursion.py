@@ -15,20 +15,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import BadInput
 from sparsify.runtime.budget import quantile
-from sparsify.runtime.depth import DepthRouter
-from sparsify.runtime.router import as_parameter
-from sparsify.runtime.spec import dtype_name, dtype_of, routed
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from sparsify.runtime.depth import DepthRouter, straight_through
+from sparsify.runtime.spec import routed
 
 
 @functools.lru_cache(maxsize=1024)
@@ -53,6 +48,8 @@ class RecursionRouter(DepthRouter):
         weight, bias, options: see :class:`DepthRouter`.
         step: 2 .. steps.
     """
+
+    own: ClassVar[tuple[str, ...]] = ("step", "steps")
 
     def __init__(
         self,
@@ -80,32 +77,19 @@ class RecursionRouter(DepthRouter):
 
     def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
         """x (B, T, D), before (B, T, 1) of the step before -> select (B, T, 1), 0 where dead."""
-        follows = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if self.all_live and not follows and before is None:
+        if self.all_live and not self.follows(x) and before is None:
             return x.new_ones((*x.shape[:-1], 1))
         scores = self.scores(x)
         live = self.live(self.among(scores, before))
         if before is not None:
             live = live & (before != 0)
-        if scores.requires_grad:
-            s = torch.sigmoid(scores)
-            return torch.where(live, 1 + (s - s.detach()), 0.0).to(x.dtype)
-        return live.to(x.dtype)
+        return straight_through(scores, live, x.dtype)
 
     def among(self, scores: Tensor, before: Tensor | None) -> Tensor:
         """Scores with those of tokens that left below all others."""
         if before is None:
             return scores
         return torch.where(before != 0, scores, scores.min().detach() - 1)
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "step": self.step, "steps": self.steps}
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
-        weight = torch.empty(1, options["width"], dtype=dtype_of(options["dtype"]))
-        found = cls.budget_arguments(options)
-        return cls(weight, step=options["step"], steps=options["steps"], **found).restore(options)
 
     def extra_repr(self) -> str:
         return f"step {self.step} of {self.steps}, {super().extra_repr()}"
@@ -118,6 +102,8 @@ class DepthChoice(DepthRouter):
     Args:
         weight, bias, options: see :class:`DepthRouter`; the rule is ``threshold``.
     """
+
+    own: ClassVar[tuple[str, ...]] = ("steps",)
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, steps: int, **options: Any
@@ -142,29 +128,11 @@ class DepthChoice(DepthRouter):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> select (B, T, steps - 1), 0 where dead; live steps come first."""
-        follows = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if self.all_live and not follows:
+        if self.all_live and not self.follows(x):
             return x.new_ones((*x.shape[:-1], self.steps - 1))
         scores = self.scores(x)
         live = scores > scores.new_tensor(self.thresholds())
-        if scores.requires_grad:
-            s = torch.sigmoid(scores)
-            return torch.where(live, 1 + (s - s.detach()), 0.0).to(x.dtype)
-        return live.to(x.dtype)
-
-    def options(self) -> dict[str, Any]:
-        return {
-            "width": self.weight.shape[1],
-            "dtype": dtype_name(self.weight.dtype),
-            "steps": self.steps,
-            **self.budget_options(),
-        }
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
-        weight = torch.empty(1, options["width"], dtype=dtype_of(options["dtype"]))
-        found = cls.budget_arguments(options)
-        return cls(as_parameter(weight), steps=options["steps"], **found).restore(options)
+        return straight_through(scores, live, x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.steps} steps, {super().extra_repr()}"

@@ -66,7 +66,7 @@ def take_body(layer: Layer, source: Layer | None = None) -> Body:
     outside = {n for entry in given for n in above(entry, (x,))}
     if any(n.op == "call_module" and n in outside for n in nodes):
         raise Refused("one routed module gives queries and keys: they cannot run apart")
-    sizes = _Sizes(x, leaves, inside)
+    sizes = _Sizes(x, leaves)
     inputs = [x]
     for node in nodes:
         for read in node.all_input_nodes:
@@ -205,21 +205,18 @@ def _is_int(node: fx.Node) -> bool:
 class _Sizes:
     """What the sizes in a layer mean: rows, tokens, cached tokens."""
 
-    def __init__(self, x: fx.Node, leaves: Sequence[fx.Node], inside: set[fx.Node]) -> None:
+    def __init__(self, x: fx.Node, leaves: Sequence[fx.Node]) -> None:
         batch, tokens, width = shape_of(x)
         symbols = _symbols(x)
         self.known: dict[str, Any] = {"rows": symbols[0], "tokens": symbols[1]}
         self.plain = {"rows": batch, "tokens": tokens}
         self.total: tuple[str, ...] = ()
-        self.all = 0
         if leaves:
             past: Any = leaves[0].args[0]
             dim = _axis(leaves[0])
             self.known["past"] = _symbols(past[0])[dim]
-            self.plain["past"] = shape_of(past[0])[dim]
             a, b = str(self.known["past"]), str(symbols[1])
             self.total = (f"{a} + {b}", f"{b} + {a}")
-            self.all = self.plain["past"] + tokens
         self.fixed = isinstance(symbols[1], int)  # the capture fixed the number of tokens
         if self.fixed and tokens in (width, batch):
             raise Refused(

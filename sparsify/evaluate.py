@@ -189,11 +189,11 @@ def quality(
 
         watched = {n: _counting(model, r, live.setdefault(a, {}), pass_name) for (n, r), a in
                    zip(runs.items(), active, strict=True)}  # fmt: skip
-        scores = compare(_dense(model, call), watched, batches, progress=report(0))
+        scores = compare(dense_run(model, call), watched, batches, progress=report(0))
         plans = _plans(model, call, calibration, {a: _mean(live[a]) for a in active if a < 1})
-        statics = {name: _static(model, call, p) for name, (_, p) in plans.items()}
+        statics = {name: pruned_run(model, call, p) for name, (_, p) in plans.items()}
         if statics:
-            found = compare(_dense(model, call), statics, batches, progress=report(total))
+            found = compare(dense_run(model, call), statics, batches, progress=report(total))
             scores |= {name: found[name] for name in statics}
     dense = scores["dense"]
     rows = [QualityRow("dense", 1.0, None, dense.perplexity, 1.0, 0.0, 1.0)]
@@ -334,7 +334,9 @@ def _weights(model: nn.Module) -> dict[str, float]:
     return {path: u.weight / means[type(u)] for path, u in units.items()}
 
 
-def _dense(model: nn.Module, call: Run) -> Run:
+def dense_run(model: nn.Module, call: Run) -> Run:
+    """The routed model with everything live."""
+
     def run(ids: Tensor) -> Any:
         with all_live(model):
             return call(ids)
@@ -363,7 +365,9 @@ def _at(model: nn.Module, call: Run, active: float, pass_name: str | None = None
     return run
 
 
-def _static(model: nn.Module, call: Run, chosen: Plan | LayerPlan) -> Run:
+def pruned_run(model: nn.Module, call: Run, chosen: Plan | LayerPlan) -> Run:
+    """The routed model's dense model without what the plan drops."""
+
     def run(ids: Tensor) -> Any:
         with chosen.applied(model):
             return call(ids)

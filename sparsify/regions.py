@@ -179,6 +179,15 @@ class FeedForward(Region):
         return int(self.up.weight.shape[1])
 
     @property
+    def tensors(
+        self,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Weights of up, gate and down, then their biases, as ``from_dense`` takes them."""
+        up, gate, down = self.up, self.gate, self.down
+        weight, bias = (None, None) if gate is None else (gate.weight, gate.bias)
+        return up.weight, weight, down.weight, up.bias, bias, down.bias
+
+    @property
     def hidden(self) -> int:
         """F: neurons."""
         return int(self.up.weight.shape[0])
@@ -240,6 +249,12 @@ class Attention(Region):
     def width(self) -> int:
         """D: features of x."""
         return int(self.query.weight.shape[1])
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What modules at the site ``attend`` are told, by the names of their arguments."""
+        names = ("heads", "kv_heads", "head_dim", "value_dim", "causal")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def length(self) -> int:
