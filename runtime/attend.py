@@ -83,6 +83,9 @@ class RoutedAttend(RoutedModule):
 
         Operands broadcast to (B, H, T, S).
         """
+        found: Tensor | None = self.lowered(q, k, v, select, *operands)
+        if found is not None:
+            return found
         batch, heads, tokens, _ = q.shape
         self.dtype = k.dtype
         if self.time_major:

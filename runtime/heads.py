@@ -88,6 +88,9 @@ class RoutedRows(RoutedModule):
 
     def forward(self, x: Tensor, select: Tensor) -> Tensor:
         """x (..., in), select (..., H) -> (..., out)."""
+        found: Tensor | None = self.lowered(x, select)
+        if found is not None:
+            return found
         rows = x.reshape(-1, x.shape[-1])
         work = plan(select.reshape(-1, self.units), fuse=self.dispatch == "auto")
         self.counter.seen(work.tokens, work.units, work.live)
@@ -226,6 +229,9 @@ class RoutedColumns(RoutedModule):
 
     def forward(self, z: Tensor, select: Tensor) -> Tensor:
         """z (..., in), select (..., H) -> (..., out)."""
+        found: Tensor | None = self.lowered(z, select)
+        if found is not None:
+            return found
         units, width, out = self.blocks.shape
         flat = z.reshape(-1, units * width)
         chosen = select.reshape(-1, units)

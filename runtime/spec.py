@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,20 @@ from torch import Tensor, nn
 from sparsify.errors import BadCheckpoint, PassClash, did_you_mean
 from sparsify.runtime.cost import Cost
 from sparsify.runtime.counters import Counter
+from sparsify.runtime.dispatch import watched
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Spec = dict[str, Any]
 Dispatch = Literal["auto", "grouped", "masked"]
+
+
+class Kernel(Protocol):
+    """A faster implementation of one routed module's forward (:mod:`sparsify.codegen`)."""
+
+    def __call__(self, module: Any, *inputs: Tensor) -> Any:
+        """What ``module.forward(*inputs)`` gives and counts; None where eager has to run."""
 
 
 class RoutedModule(nn.Module):
@@ -38,15 +46,24 @@ class RoutedModule(nn.Module):
         computes_masked: whether the class has such a way.
         pass_name: the pass that made the module; the dial can be turned per pass.
         counter: work done since the last reset; not part of the state dict.
+        kernel: what codegen put in place of the eager forward, for inference; not saved. Eager is
+            the meaning: it runs in training, in verification, and where the kernel declines.
     """
 
     dispatch: Dispatch = "auto"
+    kernel: Kernel | None = None
     computes_masked: ClassVar[bool] = False
     pass_name: str = ""
 
     def __init__(self) -> None:
         super().__init__()
         self.counter = Counter()
+
+    def lowered(self, *inputs: Tensor) -> Any:
+        """What the kernel makes of the inputs; None where there is none, or it declines."""
+        if self.kernel is None or self.dispatch != "auto" or watched(inputs[0], self):
+            return None
+        return self.kernel(self, *inputs)
 
     def options(self) -> Spec:
         """JSON from which :meth:`from_options` builds this module with empty weights."""
