@@ -61,8 +61,8 @@ class FfnKernel:
         library = load(
             source(module.activation, gated=gated, weights=module.up.dtype, thin=thin), "ffn"
         )
-        self.few, self.prefill = library.few, library.prefill
-        for entry in (self.few, self.prefill):
+        self.few, self.prefill, self.routes = library.few, library.prefill, library.routes
+        for entry in (self.few, self.prefill, self.routes):
             entry.argtypes, entry.restype = (ctypes.c_void_p,), None
         self._key: tuple[Any, ...] = ()
         self._base = Arguments()
@@ -83,17 +83,19 @@ class FfnKernel:
             return None
         router = module.router
         everything = router.all_live
-        fused = way == "few" and not everything and _fusable(router)
+        fused = not everything and _fusable(router)
         args = self._arguments(module, router, everything)
         wide = rows if rows.dtype == torch.float32 else rows.float()
         wide = wide.contiguous()
         y = torch.empty_like(wide)
         select = scores = None
-        if fused:
+        if fused and way == "few":
             scratch = wide.new_empty(T * (N + router.routed))
             select, scores = scratch[: T * N], scratch[T * N :]
         elif everything:
             select = wide.new_ones(T * N)
+        elif fused:
+            scores, select = router.scores(x).reshape(-1).contiguous(), wide.new_empty(T * N)
         else:
             scores = router.scores(x)
             select = router(x, scores).reshape(-1).float()
@@ -101,8 +103,10 @@ class FfnKernel:
         args.x, args.y, args.select = wide.data_ptr(), y.data_ptr(), select.data_ptr()
         args.scores = 0 if scores is None else scores.data_ptr()
         args.T, args.threads = T, torch.get_num_threads()
-        if not fused:
+        if way != "few" or not fused:
             args.router = None
+        if fused and way != "few":
+            self.routes(ctypes.addressof(args))
         stands = args.dropped or args.slopes
         inside = module.inside
         (self.few if way == "few" else self.prefill)(ctypes.addressof(args))
