@@ -1,0 +1,31 @@
+"""Which CPU kernel a routed module gets.
+
+Depth routing (:class:`sparsify.runtime.depth.RoutedLayer`) has none: it gathers live tokens around
+a whole layer, which costs torch a few microseconds per layer.
+"""
+
+from __future__ import annotations
+
+from sparsify.codegen.cpu.attend import AttendKernel
+from sparsify.codegen.cpu.heads import ColumnsKernel, RowsKernel
+from sparsify.codegen.cpu.linear import LinearKernel
+from sparsify.core import Refused
+from sparsify.runtime.attend import RoutedAttend
+from sparsify.runtime.heads import RoutedColumns, RoutedRows
+from sparsify.runtime.hidden import HiddenColumns
+from sparsify.runtime.inputs import RoutedLinear
+from sparsify.runtime.spec import Kernel, RoutedModule
+
+
+def kernel_of(module: RoutedModule) -> Kernel:
+    """The kernel for ``module``; Refused where there is none, NoCompiler, BuildFailed."""
+    kind = type(module)
+    if kind is RoutedLinear:
+        return LinearKernel(module)
+    if kind is RoutedRows:
+        return RowsKernel(module)
+    if kind in (RoutedColumns, HiddenColumns):  # what mixes its outputs does so after the kernel
+        return ColumnsKernel(module)
+    if kind is RoutedAttend:
+        return AttendKernel(module)
+    raise Refused(f"there is no CPU kernel for {kind.__name__}")
