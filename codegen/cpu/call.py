@@ -42,7 +42,12 @@ def function(
     Args:
         arguments: one letter each: p pointer, l int64, f float, i int.
     """
-    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+    kinds: dict[str, Any] = {
+        "p": ctypes.c_void_p,
+        "l": ctypes.c_int64,
+        "f": ctypes.c_float,
+        "i": ctypes.c_int,
+    }
     title = f"{name}-int8" if int8 else f"{name}-{str(dtype).removeprefix('torch.')}"
     made = build.load(source(name, dtype, int8), title)[entry]
     made.argtypes = [kinds[letter] for letter in arguments]
