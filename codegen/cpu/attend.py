@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,12 +76,13 @@ class Score:
             operand = Ref(program.inputs[1])
             if first("aten.logical_not.default") and steps[0].args == (operand,):
                 keep = Ref(steps.pop(0).name)
-                fill = steps[0].args if first("aten.masked_fill.Scalar") else ()
+                fill: Sequence[Any] = steps[0].args if first("aten.masked_fill.Scalar") else ()
                 if fill == (at, keep, -math.inf):
                     mask, at = "bool", Ref(steps.pop(0).name)
-            elif first("aten.add.Tensor") and not steps[0].kwargs:
-                if steps[0].args in ((at, operand), (operand, at)):
-                    mask, at = "added", Ref(steps.pop(0).name)
+            elif first("aten.add.Tensor") and (
+                steps[0].args in ((at, operand), (operand, at)) and not steps[0].kwargs
+            ):
+                mask, at = "added", Ref(steps.pop(0).name)
         last = steps[0] if len(steps) == 1 else None
         kinds = {"aten._safe_softmax.default": True, "aten.softmax.int": False}
         if (
@@ -138,7 +140,7 @@ class AttendKernel:
             *v.stride()[:3], *strides, self.score.scale, kind, self.score.safe,
         )  # fmt: skip
         select = select if select.is_contiguous() else select.contiguous()
-        y = torch.empty((batch, heads, 1, out), dtype=dtype)
+        y = q.new_empty((batch, heads, 1, out))
         live = checked(
             self.run[dtype](
                 ctypes.byref(made), q.data_ptr(), k.data_ptr(), v.data_ptr(), select.data_ptr(),

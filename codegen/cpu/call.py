@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsify.codegen.cpu import build
 from sparsify.codegen.machine import machine
@@ -21,8 +21,15 @@ from sparsify.core import Refused
 
 FEW = 8  # tokens; MOST in rows.c
 DTYPES = {torch.float32: "VALUE_FLOAT32", torch.bfloat16: "VALUE_BFLOAT16"}
+_KINDS: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "l": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "i": ctypes.c_int,
+}
 _HERE = Path(__file__).parent
-Pointers = tuple[int, ...]
+Made = tuple[tuple[int, ...], int, Any]  # what it was made of, its address, what it keeps alive
+UNMADE: Made = ((), 0, None)
 
 
 def source(name: str, dtype: torch.dtype, int8: bool = False) -> str:
@@ -42,15 +49,9 @@ def function(
     Args:
         arguments: one letter each: p pointer, l int64, f float, i int.
     """
-    kinds: dict[str, Any] = {
-        "p": ctypes.c_void_p,
-        "l": ctypes.c_int64,
-        "f": ctypes.c_float,
-        "i": ctypes.c_int,
-    }
     title = f"{name}-int8" if int8 else f"{name}-{str(dtype).removeprefix('torch.')}"
     made = build.load(source(name, dtype, int8), title)[entry]
-    made.argtypes = [kinds[letter] for letter in arguments]
+    made.argtypes = [_KINDS[letter] for letter in arguments]
     made.restype = ctypes.c_int64
     return made
 
@@ -62,11 +63,6 @@ def dtype_of(weight: Tensor) -> torch.dtype:
     if weight.device.type != "cpu":
         raise Refused(f"the weights are on {weight.device}")
     return weight.dtype
-
-
-def pointers(tensors: Sequence[Tensor | None]) -> Pointers:
-    """Addresses, 0 for None."""
-    return tuple(0 if t is None else t.data_ptr() for t in tensors)
 
 
 def usable(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> bool:
@@ -89,7 +85,6 @@ def checked(result: int) -> int:
     return result
 
 
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """``module.<name>`` where it is a parameter or None, without the detour of ``__getattr__``."""
-    found = module._parameters.get(name)
-    return found if found is not None else module.__dict__.get(name)
+def address(tensor: Tensor | None) -> int:
+    """Of its first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -15,13 +15,13 @@ from torch import Tensor
 from sparsify.codegen.cpu import build
 from sparsify.codegen.cpu.call import (
     FEW,
-    Pointers,
+    UNMADE,
+    Made,
+    address,
     checked,
     dtype_of,
     function,
-    parameter,
     plain,
-    pointers,
     usable,
 )
 from sparsify.codegen.cpu.linear import Routed
@@ -45,39 +45,38 @@ class RowsKernel:
         self.units, self.size, self.inputs = module.blocks.shape
         self.others = 0 if module.others is None else len(module.others)
         self.run = function("dots", "routed_rows", self.dtype, "ppppli")
-        self._made: tuple[Pointers, RoutedDots | None] = ((), None)
+        self._made: Made = UNMADE
 
     def __call__(self, module: RoutedRows, x: Tensor, select: Tensor) -> Tensor | None:
         found = _inputs(x, select, self.dtype, self.inputs, self.units)
         made = self._struct(module)
-        if found is None or made is None:
+        if found is None or not made:
             return None
         x, select, tokens = found
         out = self.units * self.size + self.others
-        y = torch.empty((*x.shape[:-1], out), dtype=self.dtype)
-        pairs = checked(
-            self.run(
-                ctypes.byref(made), x.data_ptr(), select.data_ptr(), y.data_ptr(), tokens,
-                build.threads(),
-            )
-        )  # fmt: skip
-        module.counter.seen(tokens, self.units, pairs)
-        module.counter.rows += pairs
+        y = x.new_empty((*x.shape[:-1], out))
+        pairs = self.run(
+            made, x.data_ptr(), select.data_ptr(), y.data_ptr(), tokens, build.threads()
+        )
+        counter = module.counter
+        counter.seen(tokens, self.units, checked(pairs))
+        counter.rows += pairs
         return y
 
-    def _struct(self, module: RoutedRows) -> RoutedDots | None:
-        names = ("blocks", "bias", "others", "other_bias")
-        tensors = (*(parameter(module, n) for n in names), module._buffers["places"])
-        now = pointers(tensors)
-        have, struct = self._made
-        if have == now:
-            return struct
-        struct = None
-        if usable(tensors, (*[self.dtype] * 4, torch.int64)):
-            sizes = (self.units, self.size, self.others, self.inputs)
-            struct = RoutedDots(*now, *sizes)
-        self._made = (now, struct)
-        return struct
+    def _struct(self, module: RoutedRows) -> int:
+        """The address of the module's struct; 0 where C cannot read its tensors."""
+        have = module._parameters  # not through __getattr__
+        tensors = (
+            have["blocks"], have.get("bias"), have.get("others"), have.get("other_bias"),
+            module._buffers["places"],
+        )  # fmt: skip
+        now = tuple(map(address, tensors))
+        if self._made[0] != now:
+            self._made = (now, 0, None)
+            if usable(tensors, (*[self.dtype] * 4, torch.int64)):
+                struct = RoutedDots(*now, self.units, self.size, self.others, self.inputs)
+                self._made = (now, ctypes.addressof(struct), struct)
+        return self._made[1]
 
 
 class ColumnsKernel:
@@ -87,47 +86,48 @@ class ColumnsKernel:
         self.dtype = dtype_of(module.blocks)
         self.units, self.size, self.outputs = module.blocks.shape
         self.run = function("rows", "routed_columns", self.dtype, "ppppli")
-        self._made: tuple[Pointers, Routed | None] = ((), None)
+        self._made: Made = UNMADE
 
     def __call__(self, module: RoutedColumns, z: Tensor, select: Tensor) -> Tensor | None:
         found = _inputs(z, select, self.dtype, self.units * self.size, self.units)
         made = self._struct(module)
-        if found is None or made is None:
+        if found is None or not made:
             return None
         z, select, tokens = found
-        y = torch.empty((*z.shape[:-1], self.outputs), dtype=self.dtype)
-        pairs = checked(
-            self.run(
-                ctypes.byref(made), z.data_ptr(), select.data_ptr(), y.data_ptr(), tokens,
-                build.threads(),
-            )
-        )  # fmt: skip
-        module.counter.seen(tokens, self.units, pairs)
-        module.counter.rows += pairs
+        y = z.new_empty((*z.shape[:-1], self.outputs))
+        pairs = self.run(
+            made, z.data_ptr(), select.data_ptr(), y.data_ptr(), tokens, build.threads()
+        )
+        counter = module.counter
+        counter.seen(tokens, self.units, checked(pairs))
+        counter.rows += pairs
         return y
 
-    def _struct(self, module: RoutedColumns) -> Routed | None:
-        names = ("blocks", "bias", "dropped")
-        tensors = (*(parameter(module, n) for n in names), module._buffers["places"])
-        now = pointers(tensors)
-        have, struct = self._made
-        if have == now:
-            return struct
-        struct = None
-        if usable(tensors, (*[self.dtype] * 3, torch.int64)):
-            struct = Routed(
-                matrix=now[0], bias=now[1], dropped=now[2], places=now[3],
-                rows=self.units * self.size, out=self.outputs, units=self.units,
-            )  # fmt: skip
-        self._made = (now, struct)
-        return struct
+    def _struct(self, module: RoutedColumns) -> int:
+        """The address of the module's struct; 0 where C cannot read its tensors."""
+        have = module._parameters
+        tensors = (
+            have["blocks"], have.get("bias"), have.get("dropped"), module._buffers["places"],
+        )  # fmt: skip
+        now = tuple(map(address, tensors))
+        if self._made[0] != now:
+            self._made = (now, 0, None)
+            if usable(tensors, (*[self.dtype] * 3, torch.int64)):
+                struct = Routed(
+                    matrix=now[0], bias=now[1], dropped=now[2], places=now[3],
+                    rows=self.units * self.size, out=self.outputs, units=self.units,
+                )  # fmt: skip
+                self._made = (now, ctypes.addressof(struct), struct)
+        return self._made[1]
 
 
 def _inputs(
     x: Tensor, select: Tensor, dtype: torch.dtype, width: int, units: int
 ) -> tuple[Tensor, Tensor, int] | None:
     """x (..., width) and select (..., units) as C reads them, and their tokens; None to decline."""
-    if not plain(x, dtype) or not plain(select, dtype) or x.shape[-1:] != (width,):
+    if not plain(x, dtype) or not plain(select, dtype) or not x.dim():
+        return None
+    if x.size(-1) != width:
         return None
     tokens = x.numel() // width
     if not 0 < tokens <= FEW or select.numel() != tokens * units:

@@ -20,13 +20,13 @@ from torch import Tensor
 from sparsify.codegen.cpu import build
 from sparsify.codegen.cpu.call import (
     FEW,
-    Pointers,
+    UNMADE,
+    Made,
+    address,
     checked,
     dtype_of,
     function,
-    parameter,
     plain,
-    pointers,
     usable,
 )
 from sparsify.core import Refused
@@ -62,32 +62,27 @@ class LinearKernel:
             raise Refused(f"CPU kernels of projections select by threshold or top-k, not {rule}")
         self.inputs, self.outputs = module.columns.shape
         self.run = function("rows", "routed_linear", self.dtype, "pppllfi", int8=int8)
-        self._made: tuple[Pointers, Routed | None] = ((), None)
+        self._made: Made = UNMADE
         self._turned: tuple[Any, int] = (None, 0)
 
     def __call__(self, module: RoutedLinear, x: Tensor) -> Tensor | None:
         inputs = self.inputs
-        if not plain(x, self.dtype) or x.shape[-1:] != (inputs,):
+        if not plain(x, self.dtype) or not x.dim() or x.size(-1) != inputs:
             return None
         tokens = x.numel() // inputs
         if not 0 < tokens <= FEW:
             return None
         select: Magnitude = module._modules["select"]  # type: ignore[assignment]
-        keep = self._keep(select)
+        keep, made = self._keep(select), self._struct(module, select)
         threshold = select.threshold if keep == THRESHOLD else 0.0
-        made = self._struct(module, select)
-        if made is None or keep is None or isinstance(threshold, Tensor):
+        if not made or keep is None or isinstance(threshold, Tensor):
             return None
         x = x if x.is_contiguous() else x.contiguous()
-        y = torch.empty((*x.shape[:-1], self.outputs), dtype=self.dtype)
-        pairs = checked(
-            self.run(
-                ctypes.byref(made), x.data_ptr(), y.data_ptr(), tokens, keep, threshold,
-                build.threads(),
-            )
-        )  # fmt: skip
-        module.counter.seen(tokens, inputs, pairs)
-        module.counter.rows += pairs
+        y = x.new_empty((*x.shape[:-1], self.outputs))
+        pairs = self.run(made, x.data_ptr(), y.data_ptr(), tokens, keep, threshold, build.threads())
+        counter = module.counter
+        counter.seen(tokens, inputs, checked(pairs))
+        counter.rows += pairs
         return y
 
     def _keep(self, select: Magnitude) -> int | None:
@@ -105,32 +100,38 @@ class LinearKernel:
             self._turned = (state, keep)
         return self._turned[1]
 
-    def _struct(self, module: RoutedLinear, select: Magnitude) -> Routed | None:
-        columns, bias, offset = (parameter(module, n) for n in ("columns", "bias", "offset"))
-        scale, centre = select._buffers["scale"], select._buffers["centre"]
-        tensors = (columns, bias, offset, scale, centre)
-        now = pointers(tensors)
-        if self.int8 or (scale is not None and scale.dtype != torch.float32):
-            now = (*now, *(0 if t is None else t._version for t in (columns, scale)))  # copies
-        have, struct = self._made
+    def _struct(self, module: RoutedLinear, select: Magnitude) -> int:
+        """The address of the module's struct; 0 where C cannot read its tensors."""
+        parameters, buffers = module._parameters, select._buffers  # not through __getattr__
+        columns, scale = parameters["columns"], buffers["scale"]
+        bias, offset, centre = parameters.get("bias"), parameters.get("offset"), buffers["centre"]
+        now = (
+            address(columns), address(offset), address(bias), address(scale), address(centre),
+            self._copied(columns, scale),
+        )  # fmt: skip
+        have, made, _ = self._made
         if have == now:
-            return struct
-        struct, value = None, self.dtype
+            return made
+        made, kept, value = 0, None, self.dtype
         wide = None if scale is None else scale.float()  # ``model.bfloat16()`` narrows it
-        checks = (columns, bias, offset, wide, centre)
-        if columns is not None and usable(checks, (value, value, value, torch.float32, value)):
-            matrix, row_scale = columns, None
-            if self.int8:
-                matrix, row_scale = quantised(columns)
+        tensors = (columns, offset, bias, wide, centre)
+        if columns is not None and usable(tensors, (value, value, value, torch.float32, value)):
+            matrix, row_scale = quantised(columns) if self.int8 else (columns, None)
             struct = Routed(
-                matrix=matrix.data_ptr(), offset=now[2], bias=now[1], centre=now[4],
-                scale=None if wide is None else wide.data_ptr(),
-                row_scale=None if row_scale is None else row_scale.data_ptr(),
+                matrix=address(matrix), offset=now[1], bias=now[2], scale=address(wide),
+                centre=now[4], row_scale=address(row_scale),
                 rows=self.inputs, out=self.outputs, units=self.inputs,
             )  # fmt: skip
-            struct.kept = (matrix, row_scale, wide)  # as long as a call may read them
-        self._made = (now, struct)
-        return struct
+            made, kept = ctypes.addressof(struct), (struct, matrix, row_scale, wide)
+        self._made = (now, made, kept)
+        return made
+
+    def _copied(self, columns: Tensor | None, scale: Tensor | None) -> int:
+        """Changes with the values of what the struct holds copies of."""
+        version = columns._version if self.int8 and columns is not None else 0
+        if scale is not None and scale.dtype is not torch.float32:
+            version += scale._version << 32
+        return version
 
 
 def quantised(columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ differ by twice that. The sum of magnitudes is computed beside them in float64.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -16,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.codegen.cpu import build
+from sparsify.codegen.cpu import build, call
 from sparsify.codegen.cpu.linear import LinearKernel, quantised
 from sparsify.codegen.cpu.lower import kernel_of
+from sparsify.codegen.machine import machine
 from sparsify.core import Refused
 from sparsify.runtime.heads import RoutedColumns, RoutedRows
 from sparsify.runtime.hidden import HiddenColumns, unmixed
@@ -115,13 +117,12 @@ def routed_columns(rng: random.Random, units: int, size: int, outputs: int) -> R
     order = torch.randperm(units * size)
     if rng.random() < 0.5:
         order = torch.arange(units * size)
-    made = RoutedColumns.from_dense(
+    return RoutedColumns.from_dense(
         torch.randn(outputs, units * size),
         torch.randn(outputs) if rng.random() < 0.5 else None,
         order.view(units, size),
         torch.randn(units, outputs) if rng.random() < 0.5 else None,
     )
-    return made
 
 
 def selection(rng: random.Random, lead: tuple[int, ...], units: int, weights: bool) -> Tensor:
@@ -176,6 +177,20 @@ def test_random_shapes(check: Callable[[random.Random], None]) -> None:
         check(random.Random(seed))
 
 
+@pytest.mark.parametrize("isa", ["generic", "avx512"])
+@CHECKS
+def test_other_vector_widths(
+    check: Callable[[random.Random], None], isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gcc takes vectors apart that the processor does not have."""
+    other = dataclasses.replace(machine(), isa=isa)
+    assert other.lanes != machine().lanes or machine().isa == isa
+    monkeypatch.setattr(call, "machine", lambda: other)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        check(random.Random(seed))
+
+
 @pytest.mark.slow
 @CHECKS
 def test_500_random_shapes(check: Callable[[random.Random], None]) -> None:
@@ -188,7 +203,7 @@ def test_dead_rows_are_not_read() -> None:
     module = projection(40, 24, rule="top-k", centre=False)
     x = torch.randn(1, 40)
     for tokens in (1, 4):
-        mine, eager = both(module, x.expand(tokens, -1))
+        mine, _ = both(module, x.expand(tokens, -1))
         dead = ~module.select.live(module.select.scores(x))[0]
         broken = copy.deepcopy(module)
         broken.columns[dead] = float("nan")
