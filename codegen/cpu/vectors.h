@@ -8,6 +8,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h> /* widening: gcc 12 takes vectors of bytes apart one by one */
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -59,7 +62,13 @@ INLINE float value(const value_t *p) { return widened(*p); }
 INLINE float stored(float f) { return widened(rounded(f)); }
 INLINE void set_value(value_t *p, float f) { *p = rounded(f); }
 INLINE vec values(const value_t *p) {
+#if LANES == 16 && defined(__AVX512F__)
+    return (vec)((bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)) << 16);
+#elif LANES == 8 && defined(__AVX2__)
+    return (vec)((bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)) << 16);
+#else
     return (vec)(__builtin_convertvector(*(const halves_at *)p, bits) << 16);
+#endif
 }
 #else
 typedef float value_t;
@@ -73,7 +82,13 @@ INLINE vec values(const value_t *p) { return at(p); }
 typedef int8_t weight_t;
 INLINE float weight(const weight_t *p) { return *p; }
 INLINE vec weights(const weight_t *p) {
+#if LANES == 16 && defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+#elif LANES == 8 && defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)));
+#else
     return __builtin_convertvector(__builtin_convertvector(*(const bytes_at *)p, ints), vec);
+#endif
 }
 #else
 typedef value_t weight_t;
