@@ -171,8 +171,9 @@ def expert_loop(layer: Layer, router: Tensor, keep: int) -> Call:
     Every expert is visited; those without a token are left at once.
     """
     experts = len(router)
-    gate, up, down = layer.split(experts)
-    parts = [(gate[e], up[e], down[e].t().contiguous()) for e in range(experts)]
+    gate, up, _ = layer.split(experts)
+    _, down = _fused(layer, experts)
+    parts = [(gate[e], up[e], down[e]) for e in range(experts)]
 
     def call(x: Tensor) -> Tensor:
         chosen = linear(x, router).topk(keep, dim=-1).indices

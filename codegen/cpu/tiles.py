@@ -49,7 +49,10 @@ def outer(tokens: int, vectors: int) -> str:
         "                    int64_t n) {",
         _declare("vec", {f"s{t}{v}": f"at(y{t} + {v} * LANES)" for t, v in each}),
         "    for (int64_t j = 0; j < n; j++) {",
-        "    " + _declare("vec", {f"b{v}": f"at(tile + j * {width} + {v} * LANES)" for v in range(vectors)}),
+        "    "
+        + _declare(
+            "vec", {f"b{v}": f"at(tile + j * {width} + {v} * LANES)" for v in range(vectors)}
+        ),
         "        vec c;",
     ]
     for t in range(tokens):
