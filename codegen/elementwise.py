@@ -82,9 +82,7 @@ def triton_source(program: Program, name: str = "act", *, gradient: bool = False
     scalar = lower_gradient(program) if gradient else lower(program)
     like = scalar.inputs[0]
     lines = [f"    {let.name} = {triton_step(let)}" for let in scalar.lets]
-    results = [
-        f"{like} * 0.0 + {o!r}" if isinstance(o, float) else str(o) for o in scalar.outputs
-    ]
+    results = [f"{like} * 0.0 + {o!r}" if isinstance(o, float) else str(o) for o in scalar.outputs]
     return "\n".join(
         [
             "@triton.jit",

@@ -59,9 +59,7 @@ def _file(name: str) -> str:
     return (resources.files("sparsify.codegen.cpu") / name).read_text(encoding="utf-8")
 
 
-def source(
-    activation: Program, *, gated: bool, weights: torch.dtype, thin: bool = False
-) -> str:
+def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool = False) -> str:
     """The kernel of one kind of layer; CannotLower where its activation has no scalar code.
 
     Args:
