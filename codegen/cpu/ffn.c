@@ -152,7 +152,7 @@ static void neurons(const ffn *a, const int32_t *token, int64_t n, int64_t row, 
     }
 }
 
-void few(ffn *a)
+int64_t few(ffn *a)
 {
     int64_t T = a->T, N = a->N, m = a->m, D = a->D, thin = 0;
     int threads = (int)a->threads;
@@ -160,6 +160,7 @@ void few(ffn *a)
     int64_t *first = malloc(sizeof(int64_t) * (N + 1)), *start = malloc(sizeof(int64_t) * (N + 1));
     int32_t *token = malloc(sizeof(int32_t) * (T * N + 1));
     int64_t work = 0;
+    if (!parts || !first || !start || !token) { free(parts); free(first); free(start); free(token); return -1; }
 #pragma omp parallel num_threads(threads) reduction(+ : thin)
     {
         int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
@@ -228,6 +229,7 @@ void few(ffn *a)
     }
     a->thin = thin;
     free(parts); free(first); free(start); free(token);
+    return 0;
 }
 
 /* ---------------------------------------------------------------- many tokens */
@@ -241,7 +243,7 @@ void few(ffn *a)
 #define AHEAD 16         /* rows of down whose strip is fetched before its turn */
 
 /* select from scores, tokens shared out over the threads */
-void routes(ffn *a)
+int64_t routes(ffn *a)
 {
     int64_t T = a->T;
 #pragma omp parallel num_threads((int)a->threads)
@@ -253,6 +255,7 @@ void routes(ffn *a)
         part.scores += T * id / n * a->R;
         choose(&part);
     }
+    return 0;
 }
 
 /* panel (depth, wide): x of n tokens side by side, zeros beside them */
@@ -334,24 +337,31 @@ static void outputs(float *const *y, const float *h, const float *tile, int64_t 
     }
 }
 
-void prefill(ffn *a)
+int64_t prefill(ffn *a)
 {
     int64_t T = a->T, N = a->N, m = a->m, D = a->D;
     int64_t *first = malloc(sizeof(int64_t) * (N + 1)), *panels = malloc(sizeof(int64_t) * (N + 1));
     int32_t *token = malloc(sizeof(int32_t) * (T * N + 1));
+    if (!first || !panels || !token) { free(first); free(panels); free(token); return -1; }
     a->live = group(a, first, token);
     panels[0] = 0; /* of tokens, before each expert */
     for (int64_t e = 0; e < N; e++) panels[e + 1] = panels[e] + (first[e + 1] - first[e] + SIDE - 1) / SIDE;
     /* live pairs only, SIDE at a time: at most SIDE - 1 idle ones per expert */
     float *h = malloc(sizeof(float) * (panels[N] * m * SIDE + 1));
+    int failed = !h;
     int64_t count = (m + PANEL - 1) / PANEL, most = ((m + count - 1) / count + 2) / 3 * 3;
     int64_t strips = (D + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel num_threads((int)a->threads)
     {
         float *panel = malloc(sizeof(float) * ((DEPTH + DEPTH / 2) * SIDE + (2 * PANEL + 4 * GROUP) * SIDE + RUN * COLUMNS));
+        if (!panel) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp barrier
         float *sums = panel + (DEPTH + DEPTH / 2) * SIDE, *tile = sums + (2 * PANEL + 4 * GROUP) * SIDE;
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < N * count; item++) {
+        for (int64_t item = 0; item < (failed ? 0 : N * count); item++) {
             int64_t e = item / count, j0 = item % count * most, size = MIN(most, m - j0), row = e * m + j0;
             for (int64_t p = first[e]; p < first[e + 1] && size > 0; p += SIDE) {
                 int64_t n = MIN(SIDE, first[e + 1] - p), wide = n > LANES ? SIDE : LANES;
@@ -367,7 +377,7 @@ void prefill(ffn *a)
             }
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t s = 0; s < strips; s++) {
+        for (int64_t s = 0; s < (failed ? 0 : strips); s++) {
             int64_t c = s * COLUMNS, wide = MIN(COLUMNS, D - c);
             for (int64_t t = 0; t < T; t++)
                 for (int64_t k = 0; k < wide; k++) a->y[t * D + c + k] = a->down_bias ? a->down_bias[c + k] : 0.0f;
@@ -401,4 +411,5 @@ void prefill(ffn *a)
         free(panel);
     }
     free(first); free(panels); free(token); free(h);
+    return failed ? -1 : 0;
 }

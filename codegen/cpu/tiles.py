@@ -56,7 +56,8 @@ def spread(rows: int, vectors: int) -> str:
         _declare("const weight_t", {f"*w{r}": f"w[{r}]" for r in range(rows)}),
         _declare("vec", {f"s{r}{v}": "{0}" for r, v in each}),
         "    for (int64_t k = 0; k < n;) {",
-        "        const int64_t stop = MIN(n, k + 64 / (int64_t)sizeof(weight_t)); /* a cache line */",
+        "        /* one cache line of every row */",
+        "        const int64_t stop = MIN(n, k + 64 / (int64_t)sizeof(weight_t));",
         *[f"        __builtin_prefetch(w{r} + k + ahead);" for r in range(rows)],
         f"        for (; k < stop; k++, panel += {width}) {{",
         "        " + _declare("vec", {f"b{v}": f"at(panel + {v} * LANES)" for v in range(vectors)}),
@@ -100,7 +101,7 @@ def outer(tokens: int, vectors: int) -> str:
 
 
 TOTALS = """\
-/* v stays in a register: gcc folds a load into each of its uses, and the loads then bound the loop */
+/* v stays in a register: gcc folds its load into every use, and then the loads bound the loop */
 #if defined(__AVX512F__)
 #define KEEP(v) __asm__("" : "+v"(v))
 #elif defined(__AVX__)
@@ -114,7 +115,8 @@ INLINE void totals(vec a, vec b, vec c, vec d, float *out) {
     typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
     vec ab = __builtin_ia32_haddps256(a, b), cd = __builtin_ia32_haddps256(c, d);
     vec s = __builtin_ia32_haddps256(ab, cd);
-    *(quad *)out = __builtin_shufflevector(s, s, 0, 1, 2, 3) + __builtin_shufflevector(s, s, 4, 5, 6, 7);
+    *(quad *)out = __builtin_shufflevector(s, s, 0, 1, 2, 3)
+        + __builtin_shufflevector(s, s, 4, 5, 6, 7);
 #else
     out[0] = total(a); out[1] = total(b); out[2] = total(c); out[3] = total(d);
 #endif
