@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsify.codegen.cpu import build
-from sparsify.codegen.cpu.call import DTYPES, checked, function, plain
+from sparsify.codegen.cpu.call import DTYPES, Lowered, checked, function, plain
 from sparsify.core import Refused
 from sparsify.runtime.attend import RoutedAttend
 from sparsify.runtime.program import Program, Ref
@@ -98,7 +98,7 @@ class Score:
         return Score(scale, mask, kinds[last.op])
 
 
-class AttendKernel:
+class AttendKernel(Lowered):
     """The kernel of one :class:`RoutedAttend`; Refused for score programs that it does not know."""
 
     def __init__(self, module: RoutedAttend) -> None:

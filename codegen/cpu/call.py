@@ -7,6 +7,7 @@ built anew only when one of the module's tensors has moved.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,26 @@ _KINDS: dict[str, Any] = {
 _HERE = Path(__file__).parent
 Made = tuple[tuple[int, ...], int, Any]  # what it was made of, its address, what it keeps alive
 UNMADE: Made = ((), 0, None)
+
+
+class Lowered:
+    """Base of kernels: copies of a module share its kernel's code, files do not hold it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = copy.copy(self)
+        twin.forget()
+        return twin
+
+    def __copy__(self) -> Any:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a module that was pickled runs eagerly until it is lowered again
+
+    def forget(self) -> None:
+        """Drop what was made for one module's tensors."""
 
 
 def source(name: str, dtype: torch.dtype, int8: bool = False) -> str:
@@ -83,6 +104,11 @@ def checked(result: int) -> int:
     if result < 0:
         raise MemoryError("a CPU kernel could not allocate its few kilobytes")
     return result
+
+
+def version(tensor: Tensor) -> int:
+    """Counts changes in place; tensors made in inference mode do not count them."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def address(tensor: Tensor | None) -> int:

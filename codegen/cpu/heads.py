@@ -16,6 +16,7 @@ from sparsify.codegen.cpu import build
 from sparsify.codegen.cpu.call import (
     FEW,
     UNMADE,
+    Lowered,
     Made,
     address,
     checked,
@@ -37,7 +38,7 @@ class RoutedDots(ctypes.Structure):
     ]
 
 
-class RowsKernel:
+class RowsKernel(Lowered):
     """The kernel of one :class:`RoutedRows`; Refused for dtypes that it does not know."""
 
     def __init__(self, module: RoutedRows) -> None:
@@ -63,6 +64,9 @@ class RowsKernel:
         counter.rows += pairs
         return y
 
+    def forget(self) -> None:
+        self._made = UNMADE
+
     def _struct(self, module: RoutedRows) -> int:
         """The address of the module's struct; 0 where C cannot read its tensors."""
         have = module._parameters  # not through __getattr__
@@ -79,7 +83,7 @@ class RowsKernel:
         return self._made[1]
 
 
-class ColumnsKernel:
+class ColumnsKernel(Lowered):
     """The kernel of one :class:`RoutedColumns`; Refused for dtypes that it does not know."""
 
     def __init__(self, module: RoutedColumns) -> None:
@@ -102,6 +106,9 @@ class ColumnsKernel:
         counter.seen(tokens, self.units, checked(pairs))
         counter.rows += pairs
         return y
+
+    def forget(self) -> None:
+        self._made = UNMADE
 
     def _struct(self, module: RoutedColumns) -> int:
         """The address of the module's struct; 0 where C cannot read its tensors."""

@@ -21,6 +21,7 @@ from sparsify.codegen.cpu import build
 from sparsify.codegen.cpu.call import (
     FEW,
     UNMADE,
+    Lowered,
     Made,
     address,
     checked,
@@ -28,6 +29,7 @@ from sparsify.codegen.cpu.call import (
     function,
     plain,
     usable,
+    version,
 )
 from sparsify.core import Refused
 from sparsify.runtime.inputs import Magnitude, RoutedLinear
@@ -47,7 +49,7 @@ class Routed(ctypes.Structure):
     ]
 
 
-class LinearKernel:
+class LinearKernel(Lowered):
     """The kernel of one :class:`RoutedLinear`; Refused for rules and dtypes that it does not know.
 
     Args:
@@ -84,6 +86,9 @@ class LinearKernel:
         counter.seen(tokens, inputs, checked(pairs))
         counter.rows += pairs
         return y
+
+    def forget(self) -> None:
+        self._made, self._turned = UNMADE, (None, 0)
 
     def _keep(self, select: Magnitude) -> int | None:
         """How many inputs are live, or THRESHOLD; None where somebody else decides."""
@@ -128,10 +133,10 @@ class LinearKernel:
 
     def _copied(self, columns: Tensor | None, scale: Tensor | None) -> int:
         """Changes with the values of what the struct holds copies of."""
-        version = columns._version if self.int8 and columns is not None else 0
+        found = version(columns) if self.int8 and columns is not None else 0
         if scale is not None and scale.dtype is not torch.float32:
-            version += scale._version << 32
-        return version
+            found += version(scale) << 32
+        return found
 
 
 def quantised(columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -322,6 +323,46 @@ def test_weights_that_move_or_change() -> None:
         kernel, module.kernel = module.kernel, None
         torch.testing.assert_close(mine, module(x), rtol=1e-5, atol=1e-4)
         module.kernel = kernel
+
+
+def test_copies_and_files() -> None:
+    """A copy gets a kernel of its own, a pickle none: nothing keeps pointers to other weights."""
+    x = torch.randn(1, 32)
+    for module, inputs in (
+        (projection(32, 16), (x,)),
+        (RoutedColumns(torch.randn(4, 8, 16)), (x, torch.ones(1, 4))),
+        (RoutedRows(torch.randn(4, 8, 32)), (x, torch.ones(1, 4))),
+    ):
+        module.kernel = kernel_of(module)
+        before = module(*inputs)
+        twin = copy.deepcopy(module)
+        for p in module.parameters():
+            p.zero_()
+        assert twin.kernel is not None and twin.kernel is not module.kernel
+        assert torch.equal(twin(*inputs), before)
+        file = io.BytesIO()
+        torch.save(twin, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+        assert again.kernel is None
+        torch.testing.assert_close(again(*inputs), before, rtol=1e-5, atol=1e-4)
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode():
+        module = projection(32, 16).to(torch.bfloat16)
+        for int8 in (False, True):
+            assert (
+                LinearKernel(module, int8=int8)(module, torch.randn(1, 32).bfloat16()) is not None
+            )
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = projection(32, 16)
+    monkeypatch.setenv("CC", "no-such-cc")
+    with pytest.raises(build.NoCompiler, match="run eagerly"):
+        kernel_of(module)
+    assert module(torch.randn(1, 32)).shape == (1, 16)
 
 
 def test_training_and_grouped_run_eagerly() -> None:
