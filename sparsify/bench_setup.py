@@ -67,7 +67,7 @@ def run(
     if COMPILED not in kinds:
         notes.append("torch.compile of the dense model was not timed (--compile; takes minutes)")
     call = None if loaded is None else _arguments(loaded)
-    work = Bench(sparse, kinds, _ids(sparse, seed), call, notes=notes)
+    work = Bench(sparse, kinds, ids_of(sparse, seed), call, notes=notes)
     rows = tuple(work.rows(regimes, budgets, rounds, progress))
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return Benchmark(name, sparse.pipeline, rows, rounds, tuple(notes), now, machine)
@@ -145,7 +145,7 @@ def _tokens_seen(sparse: SparseModel) -> int:
     return max((counter.tokens for _, counter in counters(sparse)), default=0)
 
 
-def _ids(sparse: SparseModel, seed: int) -> Tensor:
+def ids_of(sparse: SparseModel, seed: int) -> Tensor:
     """Tokens of held-out text where there is a tokenizer, else random ones; (32768,)."""
     count = 1 << 15
     if not isinstance(sparse.call_spec, CausalCall):
