@@ -41,6 +41,7 @@ DENSE, COMPILED, EAGER, LOWERED = (
     "routed, eager",
     "routed, lowered",
 )
+_SCORES = "attention scores"  # as sparsify.costs names them
 STEPS = 8  # different tokens that one timed run decodes: a single one may be an odd one
 Progress = Callable[[str, int, int], None]
 Run = Callable[[], Any]
@@ -190,7 +191,33 @@ class Bench:
     def _facts(self, active: float, context: int) -> ModelFacts:
         if self.sparse.active:
             set_active(self.sparse, active, warn=False)
-        return facts(self.sparse.graph, self._regions, context=max(context, 1))
+        found = facts(self.sparse.graph, self._regions, context=max(context, 1))
+        flops, cache = self._unseen
+        return dataclasses.replace(
+            found,
+            flops_per_token=found.flops_per_token + flops * max(context, 1),
+            bytes_per_token=found.bytes_per_token + cache * max(context, 1),
+        )
+
+    @functools.cached_property
+    def _unseen(self) -> tuple[float, float]:
+        """Operations and cache bytes per key of dense attention between routed projections.
+
+        The matcher no longer finds it there; the report counted it.
+        """
+        report, call = self.sparse.report, self.sparse.call_spec
+        if not isinstance(report, Report):
+            return 0.0, 0.0
+        seen = facts(self.sparse.graph, self._regions, context=report.context)
+        dense, left, now = (
+            f.by_kind.get(_SCORES, 0.0) for f in (report.dense, report.sparse, seen)
+        )
+        missing = max(left - now, 0.0)
+        if not missing:
+            return 0.0, 0.0
+        layers = call.layers if isinstance(call, CausalCall) else ()
+        width = sum(heads * (key + value) for heads, key, value in layers)
+        return missing / report.context, missing / dense * width * self.sparse.dtype.itemsize
 
     @functools.cached_property
     def _regions(self) -> tuple[Region, ...]:

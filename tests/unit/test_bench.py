@@ -243,6 +243,20 @@ def test_the_ideal_is_amdahls(sparse: SparseModel) -> None:
     assert ideals[0] > ideals[1] > ideals[2] >= 0.97  # more sequences read more of the experts
 
 
+@pytest.mark.parametrize("pipeline", ["hidden-route", "ffn-moe,attn-moh"])
+def test_attention_between_routed_projections_is_counted(pipeline: str) -> None:
+    """Everything live costs what the dense model does, or the ideal would be above one."""
+    routed = api.compile("zoo:llama", pipeline, verify="off", context=64)
+    bench = Bench(routed, {}, torch.arange(10))
+    for regime in (Regime(1, 1, 64), Regime(4, 1, 16), Regime(1, 100)):
+        assert bench.ideal(regime, 1.0) == pytest.approx(1.0, abs=1e-9)
+    dense = routed.report.dense
+    with torch.no_grad():
+        found = bench._facts(1.0, 64)
+    assert found.flops_per_token == pytest.approx(dense.flops_per_token, rel=1e-3)
+    assert found.bytes_per_token == pytest.approx(dense.bytes_per_token, rel=1e-3)
+
+
 def test_of_ideal() -> None:
     one = Spread(1.0, 1.0, 1.0)
     row = BenchRow("r", 1, "routed, eager", 0.5, 0.5, one, Spread(1.5, 1.4, 1.6), 2.0)
