@@ -159,7 +159,11 @@ def onnx_dense(layer: Layer) -> Call:
         ("MatMul", ["h", "down"], ["y"], {}),
     ]
     weights = {"gate": layer.gate.t(), "up": layer.up.t(), "down": layer.down}
-    return _session(nodes, weights, layer.gate.shape[1])
+    known = layer.__dict__  # the same whatever the experts are: made once
+    if "onnx" not in known:
+        known["onnx"] = _session(nodes, weights, layer.gate.shape[1])
+    made: Call = known["onnx"]
+    return made
 
 
 # ---------------------------------------------------------------------------- routed peers
@@ -171,8 +175,9 @@ def expert_loop(layer: Layer, router: Tensor, keep: int) -> Call:
     Every expert is visited; those without a token are left at once.
     """
     experts = len(router)
-    gate, up, down = layer.split(experts)
-    parts = [(gate[e], up[e], down[e].t().contiguous()) for e in range(experts)]
+    gate, up, _ = layer.split(experts)
+    _, down = _fused(layer, experts)
+    parts = [(gate[e], up[e], down[e]) for e in range(experts)]
 
     def call(x: Tensor) -> Tensor:
         chosen = linear(x, router).topk(keep, dim=-1).indices
