@@ -46,12 +46,17 @@ class Layer:
 
     @staticmethod
     def random(width: int, hidden: int, seed: int = 0) -> Layer:
+        """Standard normal, scaled so that the result is about one."""
         g = torch.Generator().manual_seed(seed)
         gate, up, down = (torch.randn(hidden, width, generator=g) for _ in range(3))
         return Layer(gate.div_(width**0.5), up.div_(width**0.5), down.div_(hidden**0.5))
 
     def copy(self) -> Layer:
         return Layer(self.gate.clone(), self.up.clone(), self.down.clone())
+
+    def to(self, *where: Any) -> Layer:
+        """On another device, in another dtype."""
+        return Layer(self.gate.to(*where), self.up.to(*where), self.down.to(*where))
 
     @property
     def bytes(self) -> int:
@@ -159,7 +164,11 @@ def onnx_dense(layer: Layer) -> Call:
         ("MatMul", ["h", "down"], ["y"], {}),
     ]
     weights = {"gate": layer.gate.t(), "up": layer.up.t(), "down": layer.down}
-    return _session(nodes, weights, layer.gate.shape[1])
+    known = layer.__dict__  # the same whatever the experts are: made once
+    if "onnx" not in known:
+        known["onnx"] = _session(nodes, weights, layer.gate.shape[1])
+    made: Call = known["onnx"]
+    return made
 
 
 # ---------------------------------------------------------------------------- routed peers
@@ -225,6 +234,27 @@ def _fused(layer: Layer, experts: int) -> tuple[Tensor, Tensor]:
         gate, up, down = layer.split(experts)
         known[experts] = (torch.cat([gate, up], 1), down.transpose(1, 2).contiguous())
     return known[experts]
+
+
+def grouped(layer: Layer, router: Tensor, keep: int) -> Call:
+    """torch's grouped matmul over tokens sorted by expert, two calls, no host sync."""
+    experts = len(router)
+    gate_up, down = _fused(layer, experts)
+    multiply: Any = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    first, second = gate_up.transpose(1, 2), down.transpose(1, 2)
+
+    def call(x: Tensor) -> Tensor:
+        chosen = linear(x, router).topk(keep, dim=-1).indices.flatten()
+        order = chosen.argsort(stable=True)
+        rows = order // keep
+        counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
+        ones = torch.ones_like(chosen, dtype=torch.int32)
+        ends = counts.index_add_(0, chosen, ones).cumsum(0, dtype=torch.int32)
+        g, u = multiply(x[rows], first, offs=ends).chunk(2, dim=-1)
+        y = multiply(silu(g) * u, second, offs=ends)
+        return torch.zeros_like(x).index_add_(0, rows, y)
+
+    return call
 
 
 def onnx_moe(layer: Layer, router: Tensor, keep: int) -> Call:
@@ -300,17 +330,29 @@ def use_threads(count: int) -> None:
 def routed(layer: Layer, router: Tensor, active: float) -> RoutedFFN:
     """Our layer, eager, over the same memory."""
     gate, up, down = layer.split(len(router))
-    return RoutedFFN(
+    made = RoutedFFN(
         up, gate, down, None, None, None, activation=SILU, router=Router(router, active=active)
-    ).eval()
+    )
+    return made.eval()
 
 
 def lowered(module: RoutedFFN) -> str:
-    """Put a kernel into ``module``; returns why there is none, empty where there is one."""
-    if importlib.util.find_spec("sparsify.codegen.lower") is None:
+    """Put a kernel into ``module``; returns why there is none, empty where there is one.
+
+    On a GPU that is the Triton kernel, else what ``SparseModel.lower`` would choose.
+    """
+    if module.up.device.type != "cpu" and _there("sparsify.codegen.triton.lower"):
+        triton: Any = importlib.import_module("sparsify.codegen.triton.lower")
+        module.kernel = triton.kernel_of(module)
+        return ""
+    if not _there("sparsify.codegen.lower"):
         return "this tree has no sparsify.codegen.lower: eager stands in"
     lower: Any = importlib.import_module("sparsify.codegen.lower")
     said = lower.lower_module(module)
     if module.kernel is None:
         return f"left eager: {said}" if said else "left eager"
     return ""
+
+
+def _there(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None

@@ -56,6 +56,7 @@ OURS, EAGER = "ours", "eager"
 PRUNED = ("pruned", "pruned oneDNN")  # a smaller dense layer
 DENSE = ("natural", "by neuron", "transposed", "oneDNN", "MKL", "onnx", "compiled")
 PEERS = ("expert loop", "hf eager", "hf batched", "hf grouped", "onnx MoE", EAGER, *PRUNED)
+GPU_PEERS = ("grouped mm",)  # benchmarks/gpu.py
 WORST = 1e-4  # relative error that is another function, not another order of sums
 PICKED = 1 << 29  # bytes that hf batched may copy: it gathers whole experts for every token
 
@@ -79,6 +80,7 @@ class Point:
     wins: bool = False
     lost_to: tuple[str, ...] = ()
     bound: str = ""
+    itemsize: int = 4
     of_ideal: Spread | None = None
     of_strict: float = 0.0
     of_roof: float = 0.0
@@ -86,14 +88,14 @@ class Point:
     def judge(self, bandwidth: float, rate: float) -> None:
         """Against the ideal, given bytes a second and operations a second of the best dense."""
         weights = 3 * self.width * self.hidden
-        reading, working = 4 * weights / bandwidth, 2 * weights * self.tokens / rate
+        reading, working = self.itemsize * weights / bandwidth, 2 * weights * self.tokens / rate
         self.bound = "memory" if reading >= working else "arithmetic"
         share = self.union if self.bound == "memory" else self.active
         s, ours = self.speedup, self.times[OURS].median
         self.of_ideal = Spread(s.median * share, s.low * share, s.high * share)
         self.of_strict = s.median * self.active
         self.of_roof = max(self.union * reading, self.active * working) / ours
-        peers = [name for name in PEERS if name in self.times]
+        peers = [name for name in (*PEERS, *GPU_PEERS) if name in self.times]
         if self.note:  # eager stands in for us: it cannot win against itself
             peers.remove(EAGER)
         self.lost_to = tuple(name for name in peers if self.times[name].median <= ours)
@@ -115,20 +117,25 @@ def main(arguments: Sequence[str] | None = None) -> list[Point]:
     with torch.no_grad():
         for width, hidden in given.widths:
             found = list(_measure(width, hidden, given))
-            weights = 3 * width * hidden
-            bandwidth = max(4 * weights / p.times[p.dense].median for p in found)
-            rate = max(2 * weights * p.tokens / p.times[p.dense].median for p in found)
-            for point in found:
-                point.judge(bandwidth, rate)
+            print(f"\n{width}/{hidden}: {judged(found)}")
             points += found
-            print(f"\n{width}/{hidden}: dense at its best reads {bandwidth / 1e9:.1f} GB/s", end="")
-            print(f" and does {rate / 1e9:.0f} GFLOP/s")
             print(table(found), flush=True)
             _write(given, started, points)
     won, peak = sum(p.wins for p in points), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"\nfaster than every peer at {won} of {len(points)} points", end="")
     print(f"; peak memory {peak / 2**20:.1f} GiB")
     return points
+
+
+def judged(points: Sequence[Point]) -> str:
+    """Judge the points of one width by the rates of its best dense backend; says which."""
+    weights = 3 * points[0].width * points[0].hidden
+    dense = [(p, p.times[p.dense].median) for p in points]
+    bandwidth = max(p.itemsize * weights / seconds for p, seconds in dense)
+    rate = max(2 * weights * p.tokens / seconds for p, seconds in dense)
+    for point in points:
+        point.judge(bandwidth, rate)
+    return f"dense at its best reads {bandwidth / 1e9:.1f} GB/s, does {rate / 1e9:.0f} GFLOP/s"
 
 
 def _measure(width: int, hidden: int, given: argparse.Namespace) -> Iterator[Point]:
@@ -254,7 +261,9 @@ def table(points: Sequence[Point]) -> str:
             f"{'roof':>6}{'error':>8}  best peer, and who is faster than us")  # fmt: skip
     lines = [head]
     for p in points:
-        peer = min((n for n in PEERS if n in p.times), key=lambda n: p.times[n].median)
+        peer = min(
+            (n for n in (*PEERS, *GPU_PEERS) if n in p.times), key=lambda n: p.times[n].median
+        )
         ours, s = p.times[OURS].median, p.speedup
         target = TARGETS.get(p.tokens)
         verdict = "wins" if p.wins else "loses to " + ", ".join(p.lost_to)

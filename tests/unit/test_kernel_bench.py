@@ -23,7 +23,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The script as a module."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module("kernels")
-    for name in ("kernels", "ffn_backends"):
+    for name in ("gpu", "kernels", "ffn_backends"):
         sys.modules.pop(name, None)
 
 
@@ -104,3 +104,33 @@ def test_another_function_is_refused(kernels: Any) -> None:
         kernels._errors({**right, "MKL": [lambda: x * 1.001]})
     with pytest.raises(SystemExit, match="ours computes another function"):
         kernels._errors({**right, "ours": [lambda: x * float("nan")]})
+
+
+# ---------------------------------------------------------------------------- the GPU's script
+
+
+def test_gpu_script_refuses_without_a_gpu(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu = importlib.import_module("gpu")
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err == (
+        "error: this benchmark needs a CUDA device, and torch sees none\n"
+    )
+
+
+def test_gpu_script_measures(kernels: Any) -> None:
+    """Its way through, on CPU: all backends agree, every token count has its point."""
+    gpu = importlib.import_module("gpu")
+    found = list(gpu.measure(
+        32, 64, "cpu", "float32", 1, 1 << 14, experts=(4,), budgets=(0.5,), tokens=(1, 5),
+    ))  # fmt: skip
+    assert [p.tokens for p in found] == [1, 5]
+    for p in found:
+        assert {"ours", "grouped mm", "hf grouped", "natural", "by neuron"} <= set(p.times)
+        assert max(p.errors.values()) < 1e-5
+    assert "reads" in kernels.judged(found)
+    assert len(kernels.table(found).splitlines()) >= 3

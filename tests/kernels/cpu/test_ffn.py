@@ -358,7 +358,6 @@ def test_where_dense_is_faster_it_runs() -> None:
     torch.testing.assert_close(y, made(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_500_random_shapes() -> None:
     draw = random.Random(0)
     for seed in range(500):
