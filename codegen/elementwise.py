@@ -24,7 +24,15 @@ from sparsify.codegen.elementwise_print import c_step, triton_step
 from sparsify.codegen.scalar import CONDITIONS, CannotLower, Gradient, Let, Scalar, Value, Writer
 from sparsify.runtime.program import Program, Ref, Step
 
-__all__ = ["CannotLower", "Scalar", "c_source", "canonical", "lower", "lower_gradient", "triton_source"]
+__all__ = [
+    "CannotLower",
+    "Scalar",
+    "c_source",
+    "canonical",
+    "lower",
+    "lower_gradient",
+    "triton_source",
+]
 
 _Lowering = Callable[..., Value]
 _OPS: dict[str, _Lowering] = {}
@@ -103,9 +111,7 @@ def triton_source(program: Program, name: str = "act", *, gradient: bool = False
     scalar = lower_gradient(program) if gradient else lower(program)
     like = scalar.inputs[0]
     lines = [f"    {let.name} = {triton_step(let)}" for let in scalar.lets]
-    results = [
-        f"{like} * 0.0 + {o!r}" if isinstance(o, float) else str(o) for o in scalar.outputs
-    ]
+    results = [f"{like} * 0.0 + {o!r}" if isinstance(o, float) else str(o) for o in scalar.outputs]
     return "\n".join(
         [
             "@triton.jit",

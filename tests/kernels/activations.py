@@ -93,7 +93,9 @@ def grid(program: Program, points: int = 61) -> tuple[Tensor, ...]:
     """Float32 inputs: all combinations of values about zero, small and large ones."""
     values = torch.linspace(-11, 11, points)
     values = torch.cat([values, torch.tensor([0.0, 1e-4, -1e-6, 7.0, -7.0, 3e-2, 30.0, -90.0])])
-    return tuple(t.flatten() for t in torch.meshgrid(*[values] * len(program.inputs), indexing="ij"))
+    return tuple(
+        t.flatten() for t in torch.meshgrid(*[values] * len(program.inputs), indexing="ij")
+    )
 
 
 EPS = 2.0**-24  # unit roundoff of float32
@@ -158,7 +160,7 @@ def _bounded(op: str, *args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             "expm1": torch.expm1,
         }[op](x)  # fmt: skip
         slope = {
-            "neg": 1.0, "abs": 1.0, "log": 1 / x, "sqrt": 0.5 / out, "tanh": 1.0,
+            "neg": 1.0, "abs": 1.0, "log": 1 / x, "sqrt": 0.5 / out, "tanh": 1 - (x.abs() - dx).clamp_min(0).tanh() ** 2,
             "erf": 2 / math.sqrt(math.pi), "sigmoid": 0.25, "log1p": 1 / (1 + x),
             "expm1": (x + dx).exp(),
         }[op]  # fmt: skip
