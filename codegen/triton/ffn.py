@@ -140,7 +140,7 @@ def ffn_scatter(
     own = y + t.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(own, begin, mask=(t < tokens)[:, None] & (d < D)[None, :])
     tl.debug_barrier()  # other threads of this program add to what these wrote
-    for e in range(0, N):
+    for e in range(N):
         stop = tl.load(starts + (block + 1) * N + e)
         for at in range(tl.load(starts + block * N + e), stop, ROWS):
             p = at + tl.arange(0, ROWS)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.codegen.triton import ffn, ffn_backward
+from sparsify.codegen.triton import ffn, ffn_backward, ffn_decode
 from sparsify.codegen.triton.host import check_tensor
 from sparsify.codegen.triton.pairs import sort_pairs
 
@@ -43,6 +43,9 @@ def routed_ffn(
     if not len(x):
         return x.new_empty(x.shape, dtype=torch.float32)
     select = select.contiguous()
+    if len(x) <= FEW:
+        parts = (up, gate, down, up_bias, gate_bias, down_bias)
+        return ffn_decode.decode(x, select, *parts, activation)
     slot, starts = sort_pairs(select, len(x) * keep)
     h = ffn.hidden(x, up, gate, up_bias, gate_bias, slot, starts, activation)
     return ffn.scatter([(h, down)], slot, starts, len(x), select, down_bias)

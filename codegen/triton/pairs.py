@@ -1,10 +1,10 @@
 """The (token, expert) pairs of a selection, sorted by expert, without the host knowing how many.
 
 ``slot[p] = token * N + expert`` of pair p; pairs are in the order of experts, and of tokens within
-one expert. ``starts[b, e]`` is the first pair of expert e whose token is in block b or later (blocks
-of ``BLOCK`` tokens), so ``starts[b, e]`` to ``starts[b + 1, e]`` are the pairs of that expert and
-block, and row 0 and the last row bound all of an expert's. Ranks are prefix sums, not atomics: the
-order does not vary from run to run.
+one expert. ``starts[b, e]`` is the first pair of expert e whose token is in block b or later
+(blocks of ``BLOCK`` tokens), so ``starts[b, e]`` to ``starts[b + 1, e]`` are the pairs of that expert and
+block, and row 0 and the last row bound all of an expert's. Ranks are prefix sums, not atomics:
+the order does not vary from run to run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def place_pairs(
     n = tl.arange(0, BLOCK_N)
     before = tl.zeros((BLOCK_N,), tl.int32)
     total = tl.zeros((BLOCK_N,), tl.int32)
-    for b in range(0, blocks):
+    for b in range(blocks):
         count = tl.load(counts + b * N + n, mask=n < N, other=0)
         before += tl.where(b < block, count, 0)
         total += count

@@ -15,7 +15,11 @@ from typing import Any
 from sparsify.errors import BadInput, did_you_mean
 
 # Modules with SPECS; those of another lowering are added by their name.
-MODULES: tuple[str, ...] = ("sparsify.codegen.triton.ffn", "sparsify.codegen.triton.ffn_backward")
+MODULES: tuple[str, ...] = (
+    "sparsify.codegen.triton.ffn",
+    "sparsify.codegen.triton.ffn_backward",
+    "sparsify.codegen.triton.ffn_decode",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,16 +104,19 @@ EPS = 2.0**-24  # unit roundoff of float32
 _ROUNDINGS = {"tanh": 8, "erf": 4, "sigmoid": 4, "expm1": 8, "log1p": 8, "log": 2, "exp": 4}
 
 
-def value_and_bound(scalar: Scalar, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+def value_and_bound(
+    scalar: Scalar, *inputs: Tensor, errors: tuple[Tensor, ...] = ()
+) -> list[tuple[Tensor, Tensor]]:
     """Each output in float64, and how far float32 may be from it.
 
     Running error analysis (Higham, Accuracy and Stability of Numerical Algorithms, 3.3): a step
     adds its roundings times its value, and passes on its arguments' errors times its derivatives.
-    A condition whose sides are nearer than their errors may go either way: the bound is infinite.
+    A condition whose sides are nearer than their errors may go either way.
     """
     known: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, x in zip(scalar.inputs, inputs, strict=True):
-        known[name] = (x.double(), torch.zeros_like(x, dtype=torch.float64))
+    zero = tuple(torch.zeros_like(x, dtype=torch.float64) for x in inputs)
+    for name, x, error in zip(scalar.inputs, inputs, errors or zero, strict=True):
+        known[name] = (x.double(), error)
 
     def get(v: str | float) -> tuple[Tensor, Tensor]:
         if isinstance(v, str):
@@ -135,7 +138,8 @@ def _bounded(op: str, *args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return out, dx + dy
     if op == "where":
         (a, da), (b, db) = args[1:]
-        return torch.where(x, a, b), torch.where(dx > 0, math.inf, torch.where(x, da, db))
+        either = (a - b).abs() + torch.maximum(da, db)
+        return torch.where(x, a, b), torch.where(dx > 0, either, torch.where(x, da, db))
     if op in ("max", "min"):
         return getattr(torch, f"{op}imum")(x, y), torch.maximum(dx, dy)
     if op in ("round_f16", "round_bf16"):
@@ -160,7 +164,8 @@ def _bounded(op: str, *args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             "expm1": torch.expm1,
         }[op](x)  # fmt: skip
         slope = {
-            "neg": 1.0, "abs": 1.0, "log": 1 / x, "sqrt": 0.5 / out, "tanh": 1 - (x.abs() - dx).clamp_min(0).tanh() ** 2,
+            "neg": 1.0, "abs": 1.0, "log": 1 / x, "sqrt": 0.5 / out,
+            "tanh": 1 - (x.abs() - dx).clamp_min(0).tanh() ** 2,
             "erf": 2 / math.sqrt(math.pi), "sigmoid": 0.25, "log1p": 1 / (1 + x),
             "expm1": (x + dx).exp(),
         }[op]  # fmt: skip
