@@ -15,7 +15,7 @@ from typing import Any
 from sparsify.errors import BadInput, did_you_mean
 
 # Modules with SPECS; those of another lowering are added by their name.
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("sparsify.codegen.triton.linear",)
 
 
 @dataclasses.dataclass(frozen=True)
