@@ -48,13 +48,14 @@ def token_tile(tokens: int) -> int:
     return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
 
 
-def splits(programs: int, steps: int) -> int:
-    """In how many parts to cut a reduction of ``steps`` steps so that the GPU is full.
+def splits(programs: int, inputs: int, tokens: int) -> int:
+    """In how many parts to cut a reduction over ``inputs`` so that the GPU is full.
 
-    A power of two; every part keeps at least four steps, so that the float32 partial sums stay a
-    small share of what is moved.
+    A power of two, at most 16. The parts are float32, written and read: 8 bytes for each output of
+    a token, beside about one byte of live weight for each input (half types, half of it live). One
+    part per ``128 * tokens`` inputs keeps them at a sixteenth of what is moved.
     """
     wanted = 1
-    while wanted * 2 * programs <= PROGRAMS and wanted * 2 * 4 <= steps and wanted < 16:
+    while wanted < 16 and wanted * 2 * programs <= PROGRAMS and wanted * 256 * tokens <= inputs:
         wanted *= 2
     return wanted

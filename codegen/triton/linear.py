@@ -245,7 +245,7 @@ def routed_linear(
     if tokens == 1:
         width = 128
         blocks = triton.cdiv(outputs, width)
-        split = splits(blocks, triton.cdiv(inputs, 32))
+        split = splits(blocks, inputs, 1)
         part = x.new_empty(split, 1, outputs, dtype=torch.float32)
         pairs = torch.empty(split, dtype=torch.int32, device=x.device)
         linear_gemv[(blocks, split)](
@@ -260,11 +260,11 @@ def routed_linear(
     count = torch.empty(tiles, 2, dtype=torch.int32, device=x.device)
     linear_live[(tiles,)](
         x, scale, middle, index, count, tokens, inputs, x.stride(0), threshold,
-        CENTRED=centre is not None, BLOCK_T=tile, BLOCK_K=128, num_warps=4, num_stages=2,
+        CENTRED=centre is not None, BLOCK_T=tile, BLOCK_K=64, num_warps=4, num_stages=2,
     )  # fmt: skip
     width, depth = (64, 64) if tile < 64 else (128, 32)
     blocks = triton.cdiv(outputs, width)
-    split = splits(tiles * blocks, triton.cdiv(inputs, depth))
+    split = splits(tiles * blocks, inputs, tokens)
     shape = (tokens, outputs) if split == 1 else (split, tokens, outputs)
     part = y if split == 1 else x.new_empty(shape, dtype=torch.float32)
     linear_gemm[(tiles, blocks, split)](
@@ -414,7 +414,7 @@ SPECS = (
             **{n: _POINTERS[n] for n in ("x", "scale", "centre", "index", "count")},
             **{n: _INTS[n] for n in ("tokens", "inputs", "stride_x", "threshold")},
         },
-        {"CENTRED": True, "BLOCK_T": 64, "BLOCK_K": 128},
+        {"CENTRED": True, "BLOCK_T": 64, "BLOCK_K": 64},
         aligned=("inputs", "stride_x"),
     ),
     KernelSpec(

@@ -43,6 +43,8 @@ def make(inputs: int, outputs: int, *, centre: bool, bias: bool, active: float) 
 
 
 def both(module: RoutedLinear, x: torch.Tensor) -> None:
+    module.kernel = None
+    module.counter.reset()
     wanted = module(x)
     eager = module.counter.units_live, module.counter.tokens, module.counter.units_total
     module.counter.reset()
