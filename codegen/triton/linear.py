@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsify.codegen.triton.host import check_tensor, precision, rowwise, splits, token_tile
+from sparsify.codegen.triton.host import precision, rowwise, splits, token_tile
 from sparsify.codegen.triton.spec import KernelSpec
 from sparsify.core import Refused
 from sparsify.runtime.inputs import RoutedLinear
@@ -96,9 +96,7 @@ def linear_live(
     for start in range(0, inputs, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (t < tokens)[:, None] & (k < inputs)[None, :]
-        value = tl.load(
-            x + t[:, None].to(tl.int64) * stride_x + k[None, :], mask=inside, other=0.0
-        )
+        value = tl.load(x + t[:, None].to(tl.int64) * stride_x + k[None, :], mask=inside, other=0.0)
         if CENTRED:
             middle = tl.load(centre + k, mask=k < inputs, other=0.0).to(value.dtype)
             value = value - middle[None, :]
@@ -153,9 +151,7 @@ def linear_gemm(
         listed = at < stop
         k = tl.load(index + tile.to(tl.int64) * inputs + at, mask=listed, other=0)
         inside = (t < tokens)[:, None] & listed[None, :]
-        value = tl.load(
-            x + t[:, None].to(tl.int64) * stride_x + k[None, :], mask=inside, other=0.0
-        )
+        value = tl.load(x + t[:, None].to(tl.int64) * stride_x + k[None, :], mask=inside, other=0.0)
         if CENTRED:
             middle = tl.load(centre + k, mask=listed, other=0.0).to(value.dtype)
             value = value - middle[None, :]
@@ -345,7 +341,6 @@ class LinearKernel:
 
 def lower(module: RoutedLinear) -> LinearKernel:
     """The module's kernel; Refused where there is none."""
-    check_tensor(module.columns)
     if module.select.rule != "threshold":
         raise Refused(
             f"{module.select.rule} ranks all features of a token before any is read",

@@ -22,7 +22,7 @@ def check(x: torch.Tensor, live: torch.Tensor, dropped: torch.Tensor | None) -> 
     assert torch.equal(scatter_tokens(ran, live, x, dropped), wanted)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.integers(1, 90), st.integers(1, 150), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(),
     st.integers(0, 99),
@@ -43,7 +43,7 @@ def test_matches_eager_on_500_shapes():
 
 def test_more_tokens_than_a_block_counts():
     torch.manual_seed(0)
-    check(torch.randn(2500, 3), torch.rand(2500) < 0.4, None)
+    check(torch.randn(1100, 3), torch.rand(1100) < 0.4, None)
 
 
 def test_non_contiguous_inputs_and_half_types():
