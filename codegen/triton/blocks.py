@@ -144,7 +144,7 @@ def rows_gemv(
         total += value[None, :] * weight.to(tl.float32)
     row = tl.sum(total, 1)
     if BIAS:
-        extra = tl.load(bias + unit * rows + r, mask=(r < rows) & alive, other=0.0)
+        extra = tl.load(bias + unit * rows + r, mask=r < tl.where(alive, rows, 0), other=0.0)
         row += extra.to(tl.float32)
     feature = unit * rows + r
     if PLACES:
@@ -310,7 +310,9 @@ def columns_gemv(
     if DROPPED:
         for unit in range(split, units, SPLIT):
             dead = tl.load(select + unit * stride_unit) == 0
-            extra = tl.load(dropped + unit * outputs + out, mask=(out < outputs) & dead, other=0.0)
+            extra = tl.load(
+                dropped + unit * outputs + out, mask=out < tl.where(dead, outputs, 0), other=0.0
+            )
             left += extra.to(tl.float32)
     tl.store(part + split * outputs + out, tl.sum(total, 0) + left, mask=out < outputs)
 

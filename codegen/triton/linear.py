@@ -1,8 +1,9 @@
 """Routed linear with input (column) sparsity: every token reads the weights of its live features.
 
-``y[t] = sum over live j of (x[t, j] - centre[j]) * columns[j] + offset + bias``, where j is live for
-t if ``|x[t, j] - centre[j]| * scale[j] > threshold`` (:class:`sparsify.runtime.inputs.RoutedLinear`;
-TEAL, arXiv:2408.14690). ``columns`` is (in, out): a live feature is one run of memory.
+``y[t] = sum over live j of (x[t, j] - centre[j]) * columns[j] + offset + bias``, where j is live
+for t if ``|x[t, j] - centre[j]| * scale[j] > threshold`` (TEAL, arXiv:2408.14690;
+:class:`sparsify.runtime.inputs.RoutedLinear`). ``columns`` is (in, out): a live feature is one run
+of memory.
 
 * One token (:func:`linear_gemv`): masked loads, so dead rows are not fetched; split over inputs.
 * More (:func:`linear_live`, :func:`linear_gemm`): the features that are live for some token of a
