@@ -21,7 +21,7 @@ TOKENS = (512, 2048)
 
 def main() -> None:
     rows = []
-    print(f"{'width/hidden':>14} {'experts':>7} {'tokens':>6} {'active':>6} {'dense':>9} {'routed':>9}")
+    print(f"{'width/hidden':>14} {'experts':>7} {'tokens':>6} {'active':>6}    dense    routed")
     for width, hidden, experts in SHAPES:
         for tokens in TOKENS:
             dense = _measured("dense", width, hidden, experts, tokens, 1.0)

@@ -1,0 +1,449 @@
+"""Routed linear with input (column) sparsity: every token reads the weights of its live features.
+
+``y[t] = sum over live j of (x[t, j] - centre[j]) * columns[j] + offset + bias``, where j is live
+for t if ``|x[t, j] - centre[j]| * scale[j] > threshold`` (TEAL, arXiv:2408.14690;
+:class:`sparsify.runtime.inputs.RoutedLinear`). ``columns`` is (in, out): a live feature is one run
+of memory.
+
+* One token (:func:`linear_gemv`): masked loads, so dead rows are not fetched; split over inputs.
+* More (:func:`linear_live`, :func:`linear_gemm`): the features that are live for some token of a
+  tile are listed, and the product runs over that list only. What is dead for the whole tile is
+  neither read nor multiplied; what is dead for single tokens is a zero in the left matrix.
+
+Partial sums are float32 and are added in order (:func:`split_sum`): results do not vary from run to
+run. Backward is eager (two masked matrix products): in training, where nearly every feature lives
+for some token, it is a dense product anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsify.codegen.triton.host import precision, rowwise, splits, token_tile
+from sparsify.codegen.triton.spec import KernelSpec
+from sparsify.core import Refused
+from sparsify.runtime.inputs import RoutedLinear
+
+
+@triton.jit
+def linear_gemv(
+    x,  # (in,)
+    columns,  # (in, out)
+    scale,  # (in,) float32
+    centre,  # (in,) where CENTRED
+    part,  # (SPLIT, out) float32
+    pairs,  # (SPLIT,) int32: live features of each part
+    inputs,
+    outputs,
+    threshold,
+    CENTRED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """One token, one block of outputs, one part of the inputs; dead rows are not loaded."""
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    span = tl.cdiv(tl.cdiv(inputs, SPLIT), BLOCK_K) * BLOCK_K
+    stop = tl.minimum(split * span + span, inputs)
+    total = tl.zeros((BLOCK_K, BLOCK_OUT), tl.float32)
+    seen = tl.zeros((BLOCK_K,), tl.int32)
+    for start in range(split * span, stop, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        value = tl.load(x + k, mask=k < stop, other=0.0)
+        if CENTRED:
+            value = value - tl.load(centre + k, mask=k < stop, other=0.0).to(value.dtype)
+        wide = value.to(tl.float32)
+        score = tl.abs(wide) * tl.load(scale + k, mask=k < stop, other=0.0)
+        live = (score > threshold) & (k < stop)
+        seen += live.to(tl.int32)
+        weight = tl.load(
+            columns + k[:, None].to(tl.int64) * outputs + out[None, :],
+            mask=live[:, None] & (out < outputs)[None, :],
+            other=0.0,
+        )
+        total += tl.where(live, wide, 0.0)[:, None] * weight.to(tl.float32)
+    tl.store(part + split * outputs + out, tl.sum(total, 0), mask=out < outputs)
+    if block == 0:
+        tl.store(pairs + split, tl.sum(seen, 0))
+
+
+@triton.jit
+def linear_live(
+    x,  # (T, in)
+    scale,
+    centre,
+    index,  # (tiles, in) int32: features live for some token of the tile, ascending
+    count,  # (tiles, 2) int32: how many, and live (token, feature) pairs
+    tokens,
+    inputs,
+    stride_x,
+    threshold,
+    CENTRED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of tokens: the list of the features that any of them uses."""
+    tile = tl.program_id(0)
+    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    found = 0
+    pairs = 0
+    for start in range(0, inputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = (t < tokens)[:, None] & (k < inputs)[None, :]
+        value = tl.load(x + t[:, None].to(tl.int64) * stride_x + k[None, :], mask=inside, other=0.0)
+        if CENTRED:
+            middle = tl.load(centre + k, mask=k < inputs, other=0.0).to(value.dtype)
+            value = value - middle[None, :]
+        weight = tl.load(scale + k, mask=k < inputs, other=0.0)
+        live = ((tl.abs(value.to(tl.float32)) * weight[None, :] > threshold) & inside).to(tl.int32)
+        used = tl.max(live, 0)
+        place = found + tl.cumsum(used, 0) - used
+        tl.store(index + tile.to(tl.int64) * inputs + place, k, mask=used > 0)
+        found += tl.sum(used, 0)
+        pairs += tl.sum(tl.sum(live, 1), 0)
+    tl.store(count + 2 * tile, found)
+    tl.store(count + 2 * tile + 1, pairs)
+
+
+@triton.jit
+def linear_gemm(
+    x,  # (T, in)
+    columns,  # (in, out)
+    scale,
+    centre,
+    offset,  # (out,) where OFFSET and SPLIT == 1
+    bias,  # (out,) where BIAS and SPLIT == 1
+    index,  # (tiles, in) int32
+    count,  # (tiles, 2) int32
+    y,  # (T, out); (SPLIT, T, out) float32 where SPLIT > 1
+    tokens,
+    inputs,
+    outputs,
+    stride_x,
+    threshold,
+    CENTRED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of tokens times one block of outputs, over a part of the tile's live features."""
+    tile = tl.program_id(0)
+    block = tl.program_id(1)
+    split = tl.program_id(2)
+    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    found = tl.load(count + 2 * tile)
+    span = tl.cdiv(tl.cdiv(found, SPLIT), BLOCK_K) * BLOCK_K
+    stop = tl.minimum(split * span + span, found)
+    total = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
+    for start in range(split * span, stop, BLOCK_K):
+        at = start + tl.arange(0, BLOCK_K)
+        listed = at < stop
+        k = tl.load(index + tile.to(tl.int64) * inputs + at, mask=listed, other=0)
+        inside = (t < tokens)[:, None] & listed[None, :]
+        value = tl.load(x + t[:, None].to(tl.int64) * stride_x + k[None, :], mask=inside, other=0.0)
+        if CENTRED:
+            middle = tl.load(centre + k, mask=listed, other=0.0).to(value.dtype)
+            value = value - middle[None, :]
+        weight = tl.load(scale + k, mask=listed, other=0.0)
+        live = (tl.abs(value.to(tl.float32)) * weight[None, :] > threshold) & inside
+        right = tl.load(
+            columns + k[:, None].to(tl.int64) * outputs + out[None, :],
+            mask=listed[:, None] & (out < outputs)[None, :],
+            other=0.0,
+        )
+        left = tl.where(live, value, 0.0).to(right.dtype)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    if SPLIT == 1:
+        if OFFSET:
+            total += tl.load(offset + out, mask=out < outputs, other=0.0).to(tl.float32)[None, :]
+        if BIAS:
+            total += tl.load(bias + out, mask=out < outputs, other=0.0).to(tl.float32)[None, :]
+    row = split * tokens.to(tl.int64) + t
+    tl.store(
+        y + row[:, None] * outputs + out[None, :],
+        total.to(y.dtype.element_ty),
+        mask=(t < tokens)[:, None] & (out < outputs)[None, :],
+    )
+
+
+@triton.jit
+def split_sum(
+    part,  # (SPLIT, T, out) float32
+    offset,
+    bias,
+    y,  # (T, out)
+    total,  # T * out
+    outputs,
+    OFFSET: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The parts of a sum, added in order, with what is added to every row."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.zeros((BLOCK,), tl.float32)
+    for split in range(SPLIT):
+        value += tl.load(part + split * total.to(tl.int64) + at, mask=at < total, other=0.0)
+    if OFFSET:
+        value += tl.load(offset + at % outputs, mask=at < total, other=0.0).to(tl.float32)
+    if BIAS:
+        value += tl.load(bias + at % outputs, mask=at < total, other=0.0).to(tl.float32)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=at < total)
+
+
+def add_parts(part: Tensor, offset: Tensor | None, bias: Tensor | None, y: Tensor) -> Tensor:
+    """Launch :func:`split_sum`: part (SPLIT, T, out) float32 into y (T, out)."""
+    total = y.numel()
+    split_sum[(triton.cdiv(total, 512),)](
+        part,
+        part if offset is None else offset,
+        part if bias is None else bias,
+        y,
+        total,
+        y.shape[1],
+        OFFSET=offset is not None,
+        BIAS=bias is not None,
+        SPLIT=part.shape[0],
+        BLOCK=512,
+    )
+    return y
+
+
+@torch.library.custom_op("sparsify::routed_linear", mutates_args=())
+def routed_linear(
+    x: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    centre: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """x (T, in) -> y (T, out), and int64 (2,): live pairs, and pairs that were multiplied."""
+    x, columns = rowwise(x), columns.contiguous()
+    tokens, inputs = x.shape
+    outputs = columns.shape[1]
+    y = x.new_empty(tokens, outputs)
+    if not tokens:
+        return y, torch.zeros(2, dtype=torch.int64, device=x.device)
+    middle = scale if centre is None else centre
+    if tokens == 1:
+        width = 128
+        blocks = triton.cdiv(outputs, width)
+        split = splits(blocks, inputs, 1)
+        part = x.new_empty(split, 1, outputs, dtype=torch.float32)
+        pairs = torch.empty(split, dtype=torch.int32, device=x.device)
+        linear_gemv[(blocks, split)](
+            x, columns, scale, middle, part, pairs, inputs, outputs, threshold,
+            CENTRED=centre is not None, SPLIT=split, BLOCK_K=32, BLOCK_OUT=width,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+        return add_parts(part, offset, bias, y), pairs.sum().expand(2).clone()
+    tile = token_tile(tokens)
+    tiles = triton.cdiv(tokens, tile)
+    index = torch.empty(tiles, inputs, dtype=torch.int32, device=x.device)
+    count = torch.empty(tiles, 2, dtype=torch.int32, device=x.device)
+    linear_live[(tiles,)](
+        x, scale, middle, index, count, tokens, inputs, x.stride(0), threshold,
+        CENTRED=centre is not None, BLOCK_T=tile, BLOCK_K=64, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    width, depth = (64, 64) if tile < 64 else (128, 32)
+    blocks = triton.cdiv(outputs, width)
+    split = splits(tiles * blocks, inputs, tokens)
+    shape = (tokens, outputs) if split == 1 else (split, tokens, outputs)
+    part = y if split == 1 else x.new_empty(shape, dtype=torch.float32)
+    linear_gemm[(tiles, blocks, split)](
+        x, columns, scale, middle,
+        y if offset is None else offset, y if bias is None else bias,
+        index, count, part, tokens, inputs, outputs, x.stride(0), threshold,
+        CENTRED=centre is not None, OFFSET=offset is not None, BIAS=bias is not None,
+        SPLIT=split, BLOCK_T=tile, BLOCK_K=depth, BLOCK_OUT=width, PRECISION=precision(x),
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if split > 1:
+        add_parts(part, offset, bias, y)
+    sizes = torch.full((tiles,), tile, device=x.device)
+    sizes[-1] = tokens - (tiles - 1) * tile
+    return y, torch.stack([count[:, 1].sum(), (count[:, 0] * sizes).sum()])
+
+
+@routed_linear.register_fake
+def _(
+    x: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    centre: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], columns.shape[1]), x.new_empty(2, dtype=torch.int64)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, columns, scale, centre, offset, bias, threshold = inputs
+    ctx.save_for_backward(x, columns, scale, centre)
+    ctx.threshold = threshold
+    ctx.dtypes = [None if v is None else v.dtype for v in (offset, bias)]
+
+
+def _backward(ctx: Any, g: Tensor, _counted: Any) -> tuple[Tensor | None, ...]:
+    """Eager: the live part of x times g, and g times the columns where live."""
+    x, columns, scale, centre = ctx.saved_tensors
+    centred = x if centre is None else x - centre
+    live = centred.float().abs() * scale > ctx.threshold
+    left = centred.masked_fill(~live, 0.0).to(columns.dtype)
+    g = g.to(columns.dtype)
+    dx = (g @ columns.t()).masked_fill(~live, 0.0).to(x.dtype)
+    row = g.sum(0)
+    offset, bias = (None if dtype is None else row.to(dtype) for dtype in ctx.dtypes)
+    return dx, left.t() @ g, None, None, offset, bias, None
+
+
+routed_linear.register_autograd(_backward, setup_context=_save)
+
+
+class LinearKernel:
+    """The kernel of a :class:`RoutedLinear`; takes the tensors from the module at every call."""
+
+    specs = ("linear_gemv", "linear_live", "linear_gemm", "split_sum")
+
+    def __call__(self, module: RoutedLinear, *inputs: Tensor) -> Tensor | None:
+        """x (..., in) -> (..., out); None where everything is live: the dense product is best."""
+        (x,) = inputs
+        select = module.select
+        if select.all_live or x.dtype != module.columns.dtype or x.numel() == 0:
+            return None
+        threshold = select.threshold
+        if isinstance(threshold, Tensor):
+            return None
+        rows = x.reshape(-1, x.shape[-1])
+        centre = None if select.centre is None else select.centre.to(x.dtype)
+        y, counted = routed_linear(
+            rows, module.columns, select.scale, centre, module.offset, module.bias, threshold
+        )
+        pairs, multiplied = counted.tolist()
+        module.counter.seen(len(rows), rows.shape[1], pairs)
+        module.counter.rows += multiplied
+        return y.view(*x.shape[:-1], y.shape[1])
+
+
+def lower(module: RoutedLinear) -> LinearKernel:
+    """The module's kernel; Refused where there is none."""
+    if module.select.rule != "threshold":
+        raise Refused(
+            f"{module.select.rule} ranks all features of a token before any is read",
+            suggestion="the threshold rule judges each feature alone",
+        )
+    return LinearKernel()
+
+
+# ---------------------------------------------------------------------------- specs
+
+
+def _sample(tokens: int, inputs: int, outputs: int) -> int:
+    """Half of the features live, the same for all tokens (as much as can be skipped)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, inputs, generator=generator).half()
+    dead = torch.rand(inputs, generator=generator) < 0.5
+    x = torch.where(dead, 0.0, x.sign() + x).half()
+    columns = torch.zeros(inputs, outputs, dtype=torch.float16)
+    routed_linear(x, columns, torch.ones(inputs), None, None, None, 0.5)
+    live = int((x.float().abs() > 0.5).any(0).sum())
+    # x, the scale, live rows of the weights, the result
+    return tokens * inputs * 2 + inputs * 4 + live * outputs * 2 + tokens * outputs * 2
+
+
+_GEMM = {
+    "CENTRED": False,
+    "OFFSET": False,
+    "BIAS": False,
+    "PRECISION": "tf32",
+}
+_INTS = {"tokens": "i32", "inputs": "i32", "outputs": "i32", "stride_x": "i32", "threshold": "fp32"}
+_POINTERS = {
+    "x": "*bf16",
+    "columns": "*bf16",
+    "scale": "*fp32",
+    "centre": "*bf16",
+    "offset": "*bf16",
+    "bias": "*bf16",
+    "index": "*i32",
+    "count": "*i32",
+}
+
+SPECS = (
+    KernelSpec(
+        "linear_gemv",
+        linear_gemv,
+        {
+            "x": "*bf16",
+            "columns": "*bf16",
+            "scale": "*fp32",
+            "centre": "*bf16",
+            "part": "*fp32",
+            "pairs": "*i32",
+            "inputs": "i32",
+            "outputs": "i32",
+            "threshold": "fp32",
+        },
+        {"CENTRED": True, "SPLIT": 4, "BLOCK_K": 32, "BLOCK_OUT": 128},
+        aligned=("inputs", "outputs"),
+        sample=lambda: _sample(1, 2048, 2048),
+    ),
+    KernelSpec(
+        "linear_live",
+        linear_live,
+        {
+            **{n: _POINTERS[n] for n in ("x", "scale", "centre", "index", "count")},
+            **{n: _INTS[n] for n in ("tokens", "inputs", "stride_x", "threshold")},
+        },
+        {"CENTRED": True, "BLOCK_T": 64, "BLOCK_K": 64},
+        aligned=("inputs", "stride_x"),
+    ),
+    KernelSpec(
+        "linear_gemm",
+        linear_gemm,
+        {**_POINTERS, "y": "*bf16", **_INTS},
+        {**_GEMM, "BIAS": True, "SPLIT": 1, "BLOCK_T": 64, "BLOCK_K": 32, "BLOCK_OUT": 128},
+        num_stages=3,
+        aligned=("inputs", "outputs", "stride_x"),
+        gemm=True,
+    ),
+    KernelSpec(
+        "linear_gemm_few",
+        linear_gemm,
+        {**_POINTERS, "y": "*fp32", **_INTS},
+        {**_GEMM, "SPLIT": 8, "BLOCK_T": 16, "BLOCK_K": 64, "BLOCK_OUT": 64},
+        num_stages=3,
+        aligned=("inputs", "outputs", "stride_x"),
+        gemm=True,
+        sample=lambda: _sample(8, 2048, 2048),
+    ),
+    KernelSpec(
+        "split_sum",
+        split_sum,
+        {
+            "part": "*fp32",
+            "offset": "*bf16",
+            "bias": "*bf16",
+            "y": "*bf16",
+            "total": "i32",
+            "outputs": "i32",
+        },
+        {"OFFSET": True, "BIAS": True, "SPLIT": 8, "BLOCK": 512},
+        aligned=("total", "outputs"),
+    ),
+)
