@@ -282,12 +282,12 @@ def attend_join(
     e = tl.arange(0, BLOCK_V)
     parts = tl.where(chosen != 0, SPLIT, 0)
     most = float("-inf")
-    for split in range(0, parts):
+    for split in range(parts):
         most = tl.maximum(most, tl.load(tops + 2 * (split * rows + pair)))
     base = tl.where(most == float("-inf"), 0.0, most)
     norm = 0.0
     total = tl.zeros((BLOCK_V,), tl.float32)
-    for split in range(0, parts):
+    for split in range(parts):
         place = split * rows + pair
         fade = tl.exp(tl.load(tops + 2 * place) - base)
         norm += fade * tl.load(tops + 2 * place + 1)
