@@ -13,7 +13,6 @@ ATen's.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -82,9 +81,7 @@ def triton_source(program: Program, name: str = "act", *, gradient: bool = False
     scalar = lower_gradient(program) if gradient else lower(program)
     like = scalar.inputs[0]
     lines = [f"    {let.name} = {triton_step(let)}" for let in scalar.lets]
-    results = [
-        f"{like} * 0.0 + {o!r}" if isinstance(o, float) else str(o) for o in scalar.outputs
-    ]
+    results = [f"{like} * 0.0 + {o!r}" if isinstance(o, float) else str(o) for o in scalar.outputs]
     return "\n".join(
         [
             "@triton.jit",

@@ -7,6 +7,7 @@ for every weight that no pass touched. The graph module itself is not registered
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -218,6 +219,21 @@ class SparseModel(nn.Module):
         from sparsify.runtime.counters import reset
 
         reset(self)
+
+    # -- kernels
+
+    def lower(self) -> Any:
+        """Put kernels into the routed modules, for inference; remarks say which and why not.
+
+        Codegen is no part of what a deployed model needs: without it, eager runs.
+        """
+        try:  # by name: the runtime stands without it
+            codegen = importlib.import_module("sparsify.codegen.lower")
+        except ModuleNotFoundError as error:
+            raise BadInput(
+                "this installation has no code generator", help="pip install sparsify-fx"
+            ) from error
+        return codegen.lower(self)
 
     # -- a torch module like any other
 

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparsify.codegen.cpu.build import load
+from sparsify.codegen.cpu.call import checked, dtype_of, plain, usable
 from sparsify.codegen.cpu.ffn_source import source
+from sparsify.errors import SparsifyBug
 from sparsify.runtime.dropped import at_budget
 from sparsify.runtime.ffn import RoutedFFN
+from sparsify.runtime.inside import LiveNeurons
 from sparsify.runtime.router import Router
 
-FEW = 16  # tokens up to which each weight row is read once for all of them
+Way = Literal["few", "prefill", "dense"]
 _FUSED = ("threshold", "top-k")  # rules that the kernel selects by itself
 
 _POINTERS = (
@@ -43,27 +46,32 @@ class Arguments(ctypes.Structure):
     )
 
 
+Choose = Callable[[int, float], Way]
+
+
 class FfnKernel:
     """The kernel of one RoutedFFN.
 
     Args:
         module: the layer it is for.
-        choose: tokens -> ``few``, ``prefill``, or ``eager``, where the kernel declines.
+        choose: (tokens, active) -> the way; :mod:`sparsify.codegen.cpu.tune` measures which.
 
     Raises:
-        NoCompiler, CannotLower.
+        NoCompiler, BuildFailed, CannotLower; Refused where the layer is of a kind that it does not
+        know.
     """
 
-    def __init__(self, module: RoutedFFN, choose: Callable[[int], str]) -> None:
+    def __init__(self, module: RoutedFFN, choose: Choose) -> None:
         self.choose = choose
-        thin = module.inside is not None
+        self.dtype = dtype_of(module.up)
         gated = module.gate is not None
-        library = load(
-            source(module.activation, gated=gated, weights=module.up.dtype, thin=thin), "ffn"
+        text = source(
+            module.activation, gated=gated, weights=self.dtype, thin=module.inside is not None
         )
-        self.few, self.prefill = library.few, library.prefill
-        for entry in (self.few, self.prefill):
-            entry.argtypes, entry.restype = (ctypes.c_void_p,), None
+        library = load(text, "ffn")
+        self.few, self.prefill, self.routes = library.few, library.prefill, library.routes
+        for entry in (self.few, self.prefill, self.routes):
+            entry.argtypes, entry.restype = (ctypes.c_void_p,), ctypes.c_int64
         self._key: tuple[Any, ...] = ()
         self._base = Arguments()
         self._kept: list[Tensor] = []  # what the pointers of _base point to
@@ -75,54 +83,92 @@ class FfnKernel:
 
     def __call__(self, module: RoutedFFN, x: Tensor) -> Tensor | None:
         """x (..., D) -> (..., D), or None where eager has to run."""
-        N, m, D = module._parameters["up"].shape  # type: ignore[union-attr]
-        rows = x.reshape(-1, D)
-        T = len(rows)
-        way = self.choose(T) if x.device.type == "cpu" and T else "eager"
-        if way == "eager":
+        if not plain(x, self.dtype) or not x.numel():
             return None
-        router = module.router
+        router: Router = module._modules["router"]  # type: ignore[assignment]
         everything = router.all_live
-        fused = way == "few" and not everything and _fusable(router)
+        rows = x.reshape(-1, x.shape[-1])
+        way = self.choose(len(rows), 1.0 if everything else router.active)
+        if way == "dense":
+            return self._dense(module, x, rows, everything)
+        if way == "prefill" and module._modules.get("inside") is not None:
+            return None
+        return self.run(way, module, x, rows, everything)
+
+    def _dense(self, module: RoutedFFN, x: Tensor, rows: Tensor, everything: bool) -> Tensor | None:
+        """Every expert on every token, where that is faster: dead ones count as zero."""
+        if everything:
+            return None  # eager is dense then
+        router = module.router
+        scores = router.scores(x)
+        select = router(x, scores).reshape(len(rows), -1)
+        return module._masked(rows, select, scores.reshape(len(rows), -1)).view(x.shape)
+
+    def run(
+        self, way: Way, module: RoutedFFN, x: Tensor, rows: Tensor, everything: bool
+    ) -> Tensor | None:
+        """Route and compute; what stands in for dead experts is added."""
+        router: Router = module._modules["router"]  # type: ignore[assignment]
+        fused = not everything and _fusable(router)
         args = self._arguments(module, router, everything)
-        wide = rows if rows.dtype == torch.float32 else rows.float()
-        wide = wide.contiguous()
-        y = torch.empty_like(wide)
-        select = scores = None
-        if fused:
-            scratch = wide.new_empty(T * (N + router.routed))
-            select, scores = scratch[: T * N], scratch[T * N :]
-        elif everything:
+        if args is None:
+            return None
+        T, N = len(rows), args.N
+        wide = (rows if self.dtype is torch.float32 else rows.float()).contiguous()
+        scores: Tensor | None = None
+        if everything:
             select = wide.new_ones(T * N)
+        elif not fused:
+            given = router.scores(x)
+            select, scores = _flat(router(x, given)), _flat(given)
+        elif way == "few":
+            scratch = wide.new_empty(T * (N + args.R))
+            select, scores = scratch[: T * N], scratch[T * N :]
         else:
-            scores = router.scores(x)
-            select = router(x, scores).reshape(-1).float()
-            scores = scores.reshape(-1).float()
-        args.x, args.y, args.select = wide.data_ptr(), y.data_ptr(), select.data_ptr()
-        args.scores = 0 if scores is None else scores.data_ptr()
-        args.T, args.threads = T, torch.get_num_threads()
-        if not fused:
+            select, scores = wide.new_empty(T * N), _flat(router.scores(x))
+            self._call(self.routes, args, wide, wide, select, scores)
+        if not fused or way == "prefill":
             args.router = None
-        stands = args.dropped or args.slopes
-        inside = module.inside
-        (self.few if way == "few" else self.prefill)(ctypes.addressof(args))
+        y = torch.empty_like(wide)
+        self._call(self.few if way == "few" else self.prefill, args, wide, y, select, scores)
         module.counter.seen(T, N, args.live)
         module.counter.rows += args.live
-        if inside is not None:
+        inside = module._modules.get("inside")
+        if isinstance(inside, LiveNeurons):
             inside._seen(T, args.live, args.thin)
             inside.counter.rows += args.thin
-        if stands and way == "prefill" and args.live < T * N:
-            for left, right in module._stand_ins(
-                select.view(T, N) != 0, None if scores is None else scores.view(T, -1)
-            ):
+        if way == "prefill" and args.live < T * N and (args.dropped or args.slopes):
+            known = None if scores is None else scores.view(T, -1)
+            for left, right in module._stand_ins(select.view(T, N) != 0, known):
                 y = torch.addmm(y, left.to(y.dtype), right.to(y.dtype))
         return y.to(x.dtype).view(x.shape)
 
-    def _arguments(self, module: RoutedFFN, router: Router, everything: bool) -> Arguments:
+    def compute(self, way: Way, module: RoutedFFN, x: Tensor, select: Tensor) -> Tensor:
+        """x (T, D), select (T, N) -> the live experts' sum and the bias (T, D); nothing counted."""
+        args = self._arguments(module, module.router, True)
+        if args is None:
+            raise SparsifyBug("a layer's weights are not where its kernel expects them")
+        wide = x.float().contiguous()
+        y = torch.empty_like(wide)
+        args.router = None
+        call = self.few if way == "few" else self.prefill
+        self._call(call, args, wide, y, _flat(select), None)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def _call(
+        entry: Any, args: Arguments, x: Tensor, y: Tensor, select: Tensor, scores: Tensor | None
+    ) -> None:
+        args.x, args.y, args.select = x.data_ptr(), y.data_ptr(), select.data_ptr()
+        args.scores = 0 if scores is None else scores.data_ptr()
+        args.T, args.threads = len(x), torch.get_num_threads()
+        checked(entry(ctypes.addressof(args)))
+
+    def _arguments(self, module: RoutedFFN, router: Router, everything: bool) -> Arguments | None:
         """All that does not depend on the call, from the cache while nothing has changed."""
         own, its = module._parameters, router._parameters
         inside = module.inside
-        tensors = [own.get(n) for n in _OWN]
+        tensors: list[Tensor | None] = [own.get(n) for n in _OWN]
         tensors += [its["weight"], its["bias"], router._buffers.get("order")]
         if inside is not None:
             tensors += [own.get("offset"), inside.scale, inside.centre]
@@ -133,6 +179,9 @@ class FfnKernel:
             *[None if t is None else (t.data_ptr(), _version(t)) for t in tensors],
         )
         if key != self._key:
+            packed = [own[n] for n in ("up", "gate", "down") if own.get(n) is not None]
+            if not usable(packed, [self.dtype] * len(packed)):
+                return None
             self._base, self._kept = self._read(module, router, everything)
             self._key = key
         args = Arguments.from_buffer_copy(self._base)
@@ -144,7 +193,10 @@ class FfnKernel:
         else:
             args.keep = int(router.budget)
         if inside is not None:
-            args.cut = inside.threshold if not inside.all_live else -1.0
+            cut = -1.0 if inside.all_live else inside.threshold
+            if not inside.selector.mean or isinstance(cut, Tensor):
+                return None
+            args.cut = cut
         return args
 
     def _read(
@@ -184,6 +236,10 @@ class FfnKernel:
 
 
 _OWN = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias", "dropped", "slopes")
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).float().contiguous()
 
 
 def _version(tensor: Tensor) -> int:

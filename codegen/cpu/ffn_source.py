@@ -12,12 +12,10 @@ from importlib import resources
 
 import torch
 
-from sparsify.codegen.cpu.tiles import TOTALS, dots, outer
+from sparsify.codegen.cpu.tiles import TOTALS, dots, outer, spread
 from sparsify.codegen.elementwise import c_source
 from sparsify.codegen.machine import machine
 from sparsify.runtime.program import Program
-
-COLUMNS = 32  # of one strip of outputs, as in ffn.c
 
 # The C library's expf and tanhf are calls, one number at a time; these are straight-line code that
 # the compiler turns into vectors. Cephes' polynomials (Moshier); at most 2 ulp off between -87 and
@@ -61,9 +59,7 @@ def _file(name: str) -> str:
     return (resources.files("sparsify.codegen.cpu") / name).read_text(encoding="utf-8")
 
 
-def source(
-    activation: Program, *, gated: bool, weights: torch.dtype, thin: bool = False
-) -> str:
+def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool = False) -> str:
     """The kernel of one kind of layer; CannotLower where its activation has no scalar code.
 
     Args:
@@ -82,7 +78,8 @@ def source(
     if weights == torch.int8:
         switches["WEIGHT_INT8"] = 1
     head = "\n".join(f"#define {name} {value}" for name, value in switches.items())
-    tiles = [dots(1, 4), dots(2, 4), dots(3, 4), *(outer(n, COLUMNS // lanes) for n in (1, 3))]
+    tiles = [dots(tokens, 4) for tokens in (1, 2, 3)]
+    tiles += [spread(6, 2), spread(12, 1), *(outer(tokens, 2) for tokens in range(1, 7))]
     return "\n".join(
         [head, _file("vectors.h"), ELEMENTARY, c_source(activation), TOTALS, *tiles, _file("ffn.c")]
     )

@@ -6,21 +6,46 @@ a whole layer, which costs torch a few microseconds per layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 from sparsify.codegen.cpu.attend import AttendKernel
+from sparsify.codegen.cpu.ffn import FfnKernel, Way
 from sparsify.codegen.cpu.heads import ColumnsKernel, RowsKernel
 from sparsify.codegen.cpu.linear import LinearKernel
+from sparsify.codegen.cpu.tune import chooser, table_of, told
+from sparsify.codegen.elementwise import CannotLower
 from sparsify.core import Refused
 from sparsify.runtime.attend import RoutedAttend
+from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.heads import RoutedColumns, RoutedRows
 from sparsify.runtime.hidden import HiddenColumns
 from sparsify.runtime.inputs import RoutedLinear
-from sparsify.runtime.spec import RoutedModule
+from sparsify.runtime.spec import Kernel, RoutedModule
 
 
-def kernel_of(module: RoutedModule) -> Callable[..., Any]:
+def kernels_of(modules: Sequence[RoutedModule]) -> tuple[list[Kernel], str]:
+    """A kernel for each of ``modules``, which are alike, and what was built.
+
+    Raises:
+        Refused: there is none for that kind. NoCompiler, BuildFailed: of the C compiler.
+    """
+    if type(modules[0]) is RoutedFFN:
+        layers = [m for m in modules if isinstance(m, RoutedFFN)]
+        try:
+            FfnKernel(layers[0], _dense)
+        except CannotLower as error:
+            raise Refused(f"the activation cannot be written in C: {error}") from error
+        table = table_of(layers)
+        choose = chooser(table)
+        return [FfnKernel(layer, choose) for layer in layers], told(table)
+    return [kernel_of(module) for module in modules], "C kernel for up to 8 tokens, then eager"
+
+
+def _dense(tokens: int, active: float) -> Way:
+    return "dense"
+
+
+def kernel_of(module: RoutedModule) -> Kernel:
     """The kernel for ``module``; Refused where there is none, NoCompiler, BuildFailed."""
     kind = type(module)  # a subclass may compute something else
     if kind is RoutedLinear and isinstance(module, RoutedLinear):

@@ -43,6 +43,18 @@ def fractions(option: str, text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
+def counts(option: str, text: str) -> tuple[int, ...]:
+    """Counts written as ``1,8,64``."""
+    found = []
+    for word in text.split(","):
+        try:
+            found.append(int(word))
+        except ValueError:
+            raise BadInput(f"{option} takes counts such as 1,8,64, not '{text}'") from None
+        at_least(option, found[-1], 1)
+    return tuple(found)
+
+
 def at_least(option: str, value: int, least: int) -> None:
     """Refuse a count that is too small."""
     if value < least:
@@ -74,6 +86,22 @@ def saved(path: Path) -> None:
             why=f"it holds no {MANIFEST}" if path.is_dir() else "it is a file",
             help="sparsify compile MODEL -o OUT",
         )
+
+
+def convertible(path: str, pipeline: str | None) -> bool:
+    """Whether ``path`` is a saved sparse model; refuses one with a pipeline, others without."""
+    is_saved = (Path(path) / MANIFEST).is_file()
+    if is_saved and pipeline is not None:
+        raise BadInput(
+            f"{path} is a sparse model: it takes no pipeline",
+            help="leave -p out, or name the dense model",
+        )
+    if not is_saved and pipeline is None:
+        raise BadInput(
+            f"{path} is a dense model: it needs a pipeline" if path else "MODEL is empty",
+            help="-p 'ffn-moe', or name a folder that sparsify compile wrote",
+        )
+    return is_saved
 
 
 def file(option: str, path: Path | None) -> None:
