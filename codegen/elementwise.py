@@ -21,9 +21,17 @@ import torch
 
 from sparsify.codegen.elementwise_print import c_step, triton_step
 from sparsify.codegen.scalar import CONDITIONS, CannotLower, Gradient, Let, Scalar, Value, Writer
-from sparsify.runtime.program import Program, Ref
+from sparsify.runtime.program import Program, Ref, Step
 
-__all__ = ["CannotLower", "Scalar", "c_source", "lower", "lower_gradient", "triton_source"]
+__all__ = [
+    "CannotLower",
+    "Scalar",
+    "c_source",
+    "canonical",
+    "lower",
+    "lower_gradient",
+    "triton_source",
+]
 
 _Lowering = Callable[..., Value]
 _OPS: dict[str, _Lowering] = {}
@@ -60,6 +68,27 @@ def lower(program: Program) -> Scalar:
 def lower_gradient(program: Program) -> Scalar:
     """Inputs and ``grad`` -> the value, then the gradient of each input times ``grad``."""
     return Gradient(lower(program)).scalar()
+
+
+def canonical(program: Program) -> Program:
+    """``program`` with its steps renamed in order: layers whose activations are equal share code."""
+    names = {name: Ref(name) for name in program.inputs}
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, Ref):
+            return names[value.name]
+        if isinstance(value, list | tuple):
+            return type(value)(renamed(v) for v in value)
+        if isinstance(value, Mapping):
+            return {k: renamed(v) for k, v in value.items()}
+        return value
+
+    steps = []
+    for i, step in enumerate(program.steps):
+        args, kwargs = renamed(step.args), renamed(step.kwargs)
+        names[step.name] = Ref(f"{program.inputs[0]}_{i}")
+        steps.append(Step(names[step.name].name, step.op, args, kwargs))
+    return Program(program.inputs, tuple(steps), names[program.output].name, program.wide)
 
 
 def c_source(program: Program, name: str = "act") -> str:
@@ -243,15 +272,18 @@ def _leaky_relu(w: Writer, x: Value, slope: float = 0.01) -> Value:
 
 @_op("elu")
 def _elu(w: Writer, x: Value, alpha: float = 1, scale: float = 1, inner: float = 1) -> Value:
-    below = w("mul", w("expm1", w("mul", x, float(inner))), float(alpha) * float(scale))
-    return w("where", w("gt", x, 0.0), w("mul", x, float(scale)), below)
+    above = w("gt", x, 0.0)
+    low = w("where", above, 0.0, x)  # an infinity in the branch not taken would make NaN gradients
+    below = w("mul", w("expm1", w("mul", low, float(inner))), float(alpha) * float(scale))
+    return w("where", above, w("mul", x, float(scale)), below)
 
 
 @_op("softplus")
 def _softplus(w: Writer, x: Value, beta: float = 1, threshold: float = 20) -> Value:
     scaled = w("mul", x, float(beta))
-    bent = w("div", w("log1p", w("exp", scaled)), float(beta))
-    return w("where", w("gt", scaled, float(threshold)), x, bent)
+    straight = w("gt", scaled, float(threshold))
+    low = w("where", straight, 0.0, scaled)
+    return w("where", straight, x, w("div", w("log1p", w("exp", low)), float(beta)))
 
 
 @_op("mish")

@@ -20,11 +20,15 @@ from sparsify.runtime.spec import RoutedModule
 Progress = Callable[[str, int, int], None]
 
 
-def lower(model: nn.Module, *, progress: Progress | None = None) -> tuple[Remark, ...]:
+def lower(
+    model: nn.Module, *, int8: bool = False, progress: Progress | None = None
+) -> tuple[Remark, ...]:
     """Put kernels into the routed modules of ``model``; one remark for each that does work.
 
     Args:
         model: a SparseModel, or any module that holds routed modules.
+        int8: feed-forward layers and projections read int8 copies of their weights, one scale per
+            row: a quarter of the bytes, another result. Off unless asked for.
         progress: called with (what, done, total).
     """
     remarks: list[Remark] = []
@@ -32,7 +36,7 @@ def lower(model: nn.Module, *, progress: Progress | None = None) -> tuple[Remark
     for number, group in enumerate(groups):
         if progress is not None:
             progress("lower", number, len(groups))
-        remarks += _lower_alike([path for path, _ in group], [module for _, module in group])
+        remarks += _lower_alike([path for path, _ in group], [module for _, module in group], int8)
     if progress is not None:
         progress("lower", len(groups), len(groups))
     order = {path: at for at, (path, _) in enumerate(model.named_modules())}
@@ -46,12 +50,12 @@ def raise_to_eager(model: nn.Module) -> None:
             module.kernel = None
 
 
-def lower_module(module: RoutedModule) -> Remark:
+def lower_module(module: RoutedModule, *, int8: bool = False) -> Remark:
     """:func:`lower` for one module by itself."""
-    return _lower_alike([""], [module])[0]
+    return _lower_alike([""], [module], int8)[0]
 
 
-def _lower_alike(paths: Sequence[str], modules: Sequence[RoutedModule]) -> list[Remark]:
+def _lower_alike(paths: Sequence[str], modules: Sequence[RoutedModule], int8: bool) -> list[Remark]:
     """Modules of one kind: what holds for one holds for all."""
     from sparsify.codegen.cpu.lower import kernels_of
 
@@ -62,9 +66,10 @@ def _lower_alike(paths: Sequence[str], modules: Sequence[RoutedModule]) -> list[
     try:
         if isinstance(first, RoutedLayer):
             raise Refused("its live tokens are gathered by torch; what is inside is lowered")
-        if next(first.parameters()).device.type != "cpu":
-            raise Refused(f"there are no kernels for {next(first.parameters()).device.type} yet")
-        kernels, text = kernels_of(modules)
+        weight = next(first.parameters(), None)  # attention has none: it follows its inputs
+        if weight is not None and weight.device.type != "cpu":
+            raise Refused(f"there are no kernels for {weight.device.type} yet")
+        kernels, text = kernels_of(modules, int8=int8)
     except Refused as error:
         kernels, text, suggestion = [], error.reason, error.suggestion
     except MissingDependency as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsify.codegen.cpu.build import load
 from sparsify.codegen.cpu.call import checked, dtype_of, plain, usable
 from sparsify.codegen.cpu.ffn_source import source
+from sparsify.codegen.cpu.linear import quantised
 from sparsify.errors import SparsifyBug
 from sparsify.runtime.dropped import at_budget
 from sparsify.runtime.ffn import RoutedFFN
@@ -55,18 +56,24 @@ class FfnKernel:
     Args:
         module: the layer it is for.
         choose: (tokens, active) -> the way; :mod:`sparsify.codegen.cpu.tune` measures which.
+        int8: read an int8 copy of the weights with one scale per neuron, made here and again when
+            they change. Results change with it: it is asked for, never chosen.
 
     Raises:
         NoCompiler, BuildFailed, CannotLower; Refused where the layer is of a kind that it does not
         know.
     """
 
-    def __init__(self, module: RoutedFFN, choose: Choose) -> None:
+    def __init__(self, module: RoutedFFN, choose: Choose, *, int8: bool = False) -> None:
         self.choose = choose
+        self.int8 = int8
         self.dtype = dtype_of(module.up)
         gated = module.gate is not None
         text = source(
-            module.activation, gated=gated, weights=self.dtype, thin=module.inside is not None
+            module.activation,
+            gated=gated,
+            weights=torch.int8 if int8 else self.dtype,
+            thin=module.inside is not None,
         )
         library = load(text, "ffn")
         self.few, self.prefill, self.routes = library.few, library.prefill, library.routes
@@ -215,7 +222,11 @@ class FfnKernel:
             setattr(args, name, value.data_ptr())
 
         for name in ("up", "gate", "down"):
-            put(name, getattr(module, name), wide=False)
+            packed = getattr(module, name)
+            if self.int8 and packed is not None:
+                packed, scale = quantised(packed.detach().flatten(0, 1))
+                put(f"{name}_scale", scale)
+            put(name, packed, wide=False)
         for name in ("up_bias", "gate_bias", "down_bias"):
             put(name, getattr(module, name))
         put("router", router.weight)

@@ -25,7 +25,7 @@ from sparsify.runtime.inputs import RoutedLinear
 from sparsify.runtime.spec import Kernel, RoutedModule
 
 
-def kernels_of(modules: Sequence[RoutedModule]) -> tuple[list[Kernel], str]:
+def kernels_of(modules: Sequence[RoutedModule], *, int8: bool = False) -> tuple[list[Kernel], str]:
     """A kernel for each of ``modules``, which are alike, and what was built.
 
     Raises:
@@ -37,21 +37,23 @@ def kernels_of(modules: Sequence[RoutedModule]) -> tuple[list[Kernel], str]:
             FfnKernel(layers[0], _dense)
         except CannotLower as error:
             raise Refused(f"the activation cannot be written in C: {error}") from error
-        table = table_of(layers)
+        table = table_of(layers, int8=int8)
         choose = chooser(table)
-        return [FfnKernel(layer, choose) for layer in layers], told(table)
-    return [kernel_of(module) for module in modules], "C kernel for up to 8 tokens, then eager"
+        kernels: list[Kernel] = [FfnKernel(layer, choose, int8=int8) for layer in layers]
+        return kernels, told(table)
+    text = "C kernel for up to 8 tokens, then eager"
+    return [kernel_of(module, int8=int8) for module in modules], text
 
 
 def _dense(tokens: int, active: float) -> Way:
     return "dense"
 
 
-def kernel_of(module: RoutedModule) -> Kernel:
+def kernel_of(module: RoutedModule, *, int8: bool = False) -> Kernel:
     """The kernel for ``module``; Refused where there is none, NoCompiler, BuildFailed."""
     kind = type(module)  # a subclass may compute something else
     if kind is RoutedLinear and isinstance(module, RoutedLinear):
-        return LinearKernel(module)
+        return LinearKernel(module, int8=int8)
     if kind is RoutedRows and isinstance(module, RoutedRows):
         return RowsKernel(module)
     # what mixes the outputs of HiddenColumns does so after the kernel

@@ -31,31 +31,31 @@ SECONDS = 0.3  # spent on one way at one number of tokens, about
 Table = dict[Way, dict[int, tuple[float, float]]]  # tokens -> seconds at SHARES
 
 
-def key_of(module: RoutedFFN) -> str:
+def key_of(module: RoutedFFN, int8: bool = False) -> str:
     """What a table is kept under."""
     gated = "gated" if module.gate is not None else "plain"
     thin = "-thin" if module.inside is not None else ""
-    dtype = str(module.up.dtype).removeprefix("torch.")
+    dtype = "int8" if int8 else str(module.up.dtype).removeprefix("torch.")
     sizes = "x".join(str(n) for n in module.up.shape)
     threads = torch.get_num_threads()
     return f"ffn-{VERSION}-{sizes}-{gated}{thin}-{dtype}-{threads}t-{machine().key}"
 
 
-def table_of(modules: Sequence[RoutedFFN]) -> Table:
+def table_of(modules: Sequence[RoutedFFN], *, int8: bool = False) -> Table:
     """The table of layers of one kind, from the store or measured on these."""
-    key = key_of(modules[0])
+    key = key_of(modules[0], int8)
     kept = store().get_json(key)
     if kept is not None:
         return {way: {int(t): (a, b) for t, (a, b) in times.items()} for way, times in kept.items()}
-    table = measure(modules)
+    table = measure(modules, int8=int8)
     store().put_json(key, table)
     return table
 
 
-def measure(modules: Sequence[RoutedFFN]) -> Table:
+def measure(modules: Sequence[RoutedFFN], *, int8: bool = False) -> Table:
     """Time every way; ``modules`` take turns, so that their weights come from memory as in use."""
     table: Table = {"few": {}, "prefill": {}, "dense": {}}
-    kernel = FfnKernel(modules[0], lambda tokens, active: "dense")
+    kernels = [FfnKernel(module, lambda tokens, active: "dense", int8=int8) for module in modules]
     like = modules[0].up
     with torch.no_grad():
         for tokens in TOKENS:
@@ -65,13 +65,17 @@ def measure(modules: Sequence[RoutedFFN]) -> Table:
                     continue
                 if way == "prefill" and (tokens == 1 or modules[0].inside is not None):
                     continue
-                times = [_seconds(_call(kernel, way, modules, x, s)) for s in SHARES]
+                times = [_seconds(_call(kernels, way, modules, x, s)) for s in SHARES]
                 table[way][tokens] = (times[0], times[1])
     return table
 
 
 def _call(
-    kernel: FfnKernel, way: Way, modules: Sequence[RoutedFFN], x: torch.Tensor, share: float
+    kernels: Sequence[FfnKernel],
+    way: Way,
+    modules: Sequence[RoutedFFN],
+    x: torch.Tensor,
+    share: float,
 ) -> Callable[[int], Any]:
     """The nth call: the nth layer, that share of its experts live, each token's its own."""
     experts = modules[0].experts
@@ -80,7 +84,8 @@ def _call(
     select = torch.zeros(len(x), experts).scatter(1, best, 1.0).to(x.dtype)
     if way == "dense":
         return lambda n: modules[n % len(modules)]._masked(x, select, None)
-    return lambda n: kernel.compute(way, modules[n % len(modules)], x, select)
+    count = len(modules)
+    return lambda n: kernels[n % count].compute(way, modules[n % count], x, select)
 
 
 def _seconds(call: Callable[[int], Any]) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsify.codegen.cpu import build, tune
 from sparsify.codegen.cpu.ffn import FfnKernel, Way
+from sparsify.codegen.cpu.linear import quantised
 from sparsify.codegen.lower import lower, lower_module
 from sparsify.core import Refused
 from sparsify.runtime.ffn import RoutedFFN
@@ -248,6 +249,22 @@ def test_bfloat16(way: Way) -> None:
     assert mine.dtype == torch.bfloat16
     rounding = float(torch.finfo(torch.bfloat16).eps) / 2
     torch.testing.assert_close(mine.float(), want, rtol=2 * rounding, atol=2e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_int8_is_the_layer_of_rounded_weights(way: Way) -> None:
+    torch.manual_seed(2)
+    made = layer(5, 20, 48)
+    x = torch.randn(9, 48)
+    made.kernel = FfnKernel(made, always(way), int8=True)  # type: ignore[arg-type]
+    mine = made(x)
+    twin = copy.deepcopy(made)
+    twin.kernel = None
+    for weight in (twin.up, twin.gate, twin.down):
+        assert weight is not None
+        numbers, scale = quantised(weight.flatten(0, 1))
+        weight.copy_((numbers.float() * scale[:, None]).view_as(weight))
+    torch.testing.assert_close(mine, twin(x), rtol=1e-4, atol=1e-5)
 
 
 def test_activations_written_out() -> None:
