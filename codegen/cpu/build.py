@@ -10,18 +10,11 @@ object that is loaded after torch shares torch's OpenMP runtime and threads.
 Why C and the system's compiler, not numba: speed is no reason. On the sum over the 288 live rows of
 a 576 x 576 float32 projection (one thread, weights out of cache, a shared machine on 2026-11-25)
 numba 0.68.1 took 71 to 91 us a call, C 67 to 76 us. But numba adds 208 MB to an installation
-<<<<<<< HEAD
 (numba 35, llvmlite 173) and 0.4 s or more to every process that imports it, and compiles for 0.5 to
 0.9 s per kernel and process unless its own cache is used (C: 1 to 2 s per kernel once per machine,
 then 3 ms); it brings a thread pool of its own beside torch's, and has neither bfloat16 nor vector
 types. C needs a compiler where the model runs: without one routed modules run eagerly, with a
 remark.
-=======
-(numba 35, llvmlite 173) and 0.4 s or more to every process that imports it, compiles in 0.5 to
-0.9 s per kernel and process unless its own cache is used (C: 0.3 to 2 s once per machine, then 3 ms),
-brings a thread pool of its own beside torch's, and has neither bfloat16 nor vector types. C needs a
-compiler where the model runs; without one routed modules run eagerly, with a remark.
->>>>>>> main
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from sparsify.runtime.counters import counters, reset
 from sparsify.runtime.spec import RoutedModule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pipeline", "kinds"),
     [
