@@ -66,8 +66,9 @@ def _lower_alike(paths: Sequence[str], modules: Sequence[RoutedModule], int8: bo
     try:
         if isinstance(first, RoutedLayer):
             raise Refused("its live tokens are gathered by torch; what is inside is lowered")
-        if next(first.parameters()).device.type != "cpu":
-            raise Refused(f"there are no kernels for {next(first.parameters()).device.type} yet")
+        weight = next(first.parameters(), None)  # attention has none: it follows its inputs
+        if weight is not None and weight.device.type != "cpu":
+            raise Refused(f"there are no kernels for {weight.device.type} yet")
         kernels, text = kernels_of(modules, int8=int8)
     except Refused as error:
         kernels, text, suggestion = [], error.reason, error.suggestion

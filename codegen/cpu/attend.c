@@ -130,11 +130,11 @@ int64_t routed_attend(const routed *a, const value_t *q, const value_t *k, const
                     int64_t j = c * KEYS, hi = MIN(j + KEYS, S);
                     for (; j + 4 <= hi; j += 4) {
                         for (int r = 0; r < 4; r++) row[r] = mine + (j + r) * a->v_key;
-                        add_rows(4, row, row, p + j, sum, n);
+                        add_rows(4, 0, row, row, p + j, sum, n);
                     }
                     for (; j < hi; j++) {
                         row[0] = mine + j * a->v_key;
-                        add_rows(1, row, row, p + j, sum, n);
+                        add_rows(1, 0, row, row, p + j, sum, n);
                     }
                 }
             for (int64_t i = 0; i < live; i++)

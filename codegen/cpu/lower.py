@@ -1,7 +1,9 @@
 """Which CPU kernel a routed module gets.
 
-Depth routing (:class:`sparsify.runtime.depth.RoutedLayer`) has none: it gathers live tokens around
-a whole layer, which costs torch a few microseconds per layer.
+Depth routing (:class:`sparsify.runtime.depth.RoutedLayer`) has none: it gathers and scatters live
+tokens around a whole layer. Measured (one thread, half of the tokens live, width 576): finding,
+gathering and scattering them takes torch 11 us for 1 token, 32 us for 64, 246 us for 512, where one
+576 x 2304 matmul on those tokens alone takes 150, 2300 and 11200 us, and a layer has several.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
    so results do not depend on how many there are. */
 
 #define MOST 8
-#define STRIP 1024 /* outputs at once: 4 KiB of sums per token stay in the first cache */
+#define ROOM 8192 /* sums of all tokens at once, in the first cache: whole rows where possible */
 #define BLOCK 131072 /* bytes of rows that several tokens read from the second cache in turn */
 
 typedef struct {
@@ -32,30 +32,45 @@ typedef struct {
     list live[MOST], dead[MOST];
 } work;
 
-static void add_list(const weight_t *matrix, int64_t out, const list *l, int64_t from, int64_t to,
-                     float *y, int64_t n) {
-    const weight_t *row[4], *next[4];
+/* Rows in eights: y is read and written once for them all. Long rows are streams that the processor
+   reads ahead by itself; short ones, and those that several tokens share, it is told of (measured:
+   asking costs 10 to 20 % on rows of 8192, and saves as much on rows of a kilobyte). */
+INLINE void add_span(const int ahead, const weight_t *matrix, int64_t out, const list *l,
+                     int64_t from, int64_t to, float *y, int64_t n) {
+    const weight_t *row[8], *next[8];
     int64_t i = from;
-    for (; i + 4 <= to; i += 4) {
-        for (int r = 0; r < 4; r++) {
+    for (; i + 8 <= to; i += 8) {
+        for (int r = 0; r < 8; r++) {
             row[r] = matrix + l->row[i + r] * out;
-            next[r] = matrix + l->row[MIN(i + 4 + r, l->n - 1)] * out;
+            next[r] = matrix + l->row[MIN(i + 8 + r, l->n - 1)] * out;
         }
-        add_rows(4, row, next, l->times + i, y, n);
+        add_rows(8, ahead, row, next, l->times + i, y, n);
     }
-    for (; i < to; i++) {
+    for (; i + 2 <= to; i += 2) {
+        for (int r = 0; r < 2; r++) row[r] = matrix + l->row[i + r] * out;
+        add_rows(2, 0, row, row, l->times + i, y, n);
+    }
+    if (i < to) {
         row[0] = matrix + l->row[i] * out;
-        next[0] = matrix + l->row[MIN(i + 1, l->n - 1)] * out;
-        add_rows(1, row, next, l->times + i, y, n);
+        add_rows(1, 0, row, row, l->times + i, y, n);
     }
+}
+
+static void add_list(int ahead, const weight_t *matrix, int64_t out, const list *l, int64_t from,
+                     int64_t to, float *y, int64_t n) {
+    if (ahead) add_span(1, matrix, out, l, from, to, y, n);
+    else add_span(0, matrix, out, l, from, to, y, n);
 }
 
 /* outputs lo to hi of all tokens */
 static void outputs(const work *w, int64_t lo, int64_t hi) {
     const routed *to = w->to;
-    float sums[MOST][STRIP] __attribute__((aligned(64)));
-    for (int64_t start = lo; start < hi; start += STRIP) {
-        int64_t n = MIN(STRIP, hi - start), from[MOST] = {0};
+    float room[ROOM] __attribute__((aligned(64))), *sums[MOST];
+    int64_t strip = w->tokens == 1 ? ROOM : ROOM / MOST;
+    for (int64_t t = 0; t < w->tokens; t++) sums[t] = room + t * strip;
+    for (int64_t start = lo; start < hi; start += strip) {
+        int64_t n = MIN(strip, hi - start), from[MOST] = {0};
+        int ahead = w->tokens > 1 || n * (int64_t)sizeof(weight_t) <= 2048;
         int64_t block = to->rows;
         if (w->tokens > 1) {
             block = BLOCK / (n * (int64_t)sizeof(weight_t));
@@ -69,14 +84,14 @@ static void outputs(const work *w, int64_t lo, int64_t hi) {
                 if (w->tokens == 1) stop = l->n;
                 else
                     while (stop < l->n && l->row[stop] < end) stop++;
-                add_list(to->matrix + start, to->out, l, from[t], stop, sums[t], n);
+                add_list(ahead, to->matrix + start, to->out, l, from[t], stop, sums[t], n);
                 from[t] = stop;
             }
         for (int64_t t = 0; t < w->tokens; t++) {
             float *sum = sums[t];
 #ifndef WEIGHT_INT8
             if (to->dropped)
-                add_list(to->dropped + start, to->out, &w->dead[t], 0, w->dead[t].n, sum, n);
+                add_list(0, to->dropped + start, to->out, &w->dead[t], 0, w->dead[t].n, sum, n);
 #endif
             if (to->offset)
                 for (int64_t j = 0; j < n; j++) sum[j] += value(to->offset + start + j);

@@ -96,17 +96,17 @@ INLINE float weight(const weight_t *p) { return value(p); }
 INLINE vec weights(const weight_t *p) { return values(p); }
 #endif
 
-/* y (n) += the sum over R rows of times[r] * row[r], reading ahead what comes next */
-INLINE void add_rows(const int R, const weight_t *const *row, const weight_t *const *next,
-                     const float *times, float *y, int64_t n) {
-    vec c[4];
+/* y (n) += the sum over R <= 8 rows of times[r] * row[r]; with `ahead`, asking for what comes next */
+INLINE void add_rows(const int R, const int ahead, const weight_t *const *row,
+                     const weight_t *const *next, const float *times, float *y, int64_t n) {
+    vec c[8];
     for (int r = 0; r < R; r++) c[r] = every(times[r]);
     int64_t j = 0;
     for (; j + 2 * LANES <= n; j += 2 * LANES) {
         vec a = at(y + j), b = at(y + j + LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            __builtin_prefetch(next[r] + j);
+            if (ahead) __builtin_prefetch(next[r] + j);
             a += c[r] * weights(row[r] + j);
             b += c[r] * weights(row[r] + j + LANES);
         }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsify.codegen.cpu import build
 from sparsify.codegen.cpu.attend import AttendKernel, Score
+from sparsify.codegen.lower import lower_module
 from sparsify.core import Refused
 from sparsify.runtime.attend import RoutedAttend
 from sparsify.runtime.program import Program, Ref, Step
@@ -151,6 +152,13 @@ def test_what_is_refused_and_declined() -> None:
     masked.causal = True
     with pytest.raises(Refused, match="causal"):
         AttendKernel(masked)
+
+
+def test_lowered_by_the_plan() -> None:
+    """A module without weights, which follows the device of its inputs."""
+    module = made()
+    assert lower_module(module).kind == "applied"
+    assert isinstance(module.kernel, AttendKernel)
 
 
 def test_score_programs() -> None:
