@@ -152,7 +152,7 @@ def test_lowered_rows_run_the_kernels_of_their_budget(
                 made.append(kernel)
         return [Remark("left", "x", "layer", "FeedForward", "dense is faster", "", "")] * 2
 
-    monkeypatch.setattr(SparseModel, "lower", lower, raising=False)
+    monkeypatch.setattr(SparseModel, "lower", lower)
     before = dict(sparse.active), kernels_of(sparse)
     bench = Bench(sparse, {}, torch.arange(200) % 50)
     rows = list(bench.rows([Regime(1, 12)], [1.0, 0.5], 2))
@@ -171,10 +171,21 @@ def test_lowered_rows_run_the_kernels_of_their_budget(
         lower(model)
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(SparseModel, "lower", fails, raising=False)
+    monkeypatch.setattr(SparseModel, "lower", fails)
     with pytest.raises(RuntimeError, match="no compiler"):
         list(bench.rows([Regime(1, 12)], [0.5], 1))
     assert (dict(sparse.active), kernels_of(sparse)) == before
+
+
+def test_without_a_code_generator(sparse: SparseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower(model: SparseModel) -> None:
+        raise BadInput("this installation has no code generator")
+
+    monkeypatch.setattr(SparseModel, "lower", lower)
+    bench = Bench(sparse, {}, torch.arange(200) % 50)
+    rows = list(bench.rows([Regime(1, 12)], [1.0], 1))
+    assert [row.model for row in rows] == ["routed, eager"]
+    assert bench.notes == ["not lowered: this installation has no code generator"]
 
 
 def test_put_restores_kernels(sparse: SparseModel) -> None:
