@@ -350,7 +350,7 @@ def lowered(module: RoutedFFN) -> str:
     lower: Any = importlib.import_module("sparsify.codegen.lower")
     said = lower.lower_module(module)
     if module.kernel is None:
-        return f"left eager: {said}" if said else "left eager"
+        return f"left eager: {said.reason}"
     return ""
 
 

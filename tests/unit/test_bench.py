@@ -152,7 +152,7 @@ def test_lowered_rows_run_the_kernels_of_their_budget(
                 made.append(kernel)
         return [Remark("left", "x", "layer", "FeedForward", "dense is faster", "", "")] * 2
 
-    monkeypatch.setattr(SparseModel, "lower", lower, raising=False)
+    monkeypatch.setattr(SparseModel, "lower", lower)
     before = dict(sparse.active), kernels_of(sparse)
     bench = Bench(sparse, {}, torch.arange(200) % 50)
     rows = list(bench.rows([Regime(1, 12)], [1.0, 0.5], 2))
@@ -164,17 +164,29 @@ def test_lowered_rows_run_the_kernels_of_their_budget(
     assert (dict(sparse.active), kernels_of(sparse)) == before
     layers = len(made) // 2
     assert bench.notes[0] == (
-        f"at 100% active, {layers} routed modules run lowered; dense is faster (2 times)"
+        f"at 100%, 50% active, {layers} routed modules run lowered; dense is faster (2 times)"
     )
+    assert len(bench.notes) == 1
 
     def fails(model: SparseModel) -> None:
         lower(model)
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(SparseModel, "lower", fails, raising=False)
+    monkeypatch.setattr(SparseModel, "lower", fails)
     with pytest.raises(RuntimeError, match="no compiler"):
         list(bench.rows([Regime(1, 12)], [0.5], 1))
     assert (dict(sparse.active), kernels_of(sparse)) == before
+
+
+def test_without_a_code_generator(sparse: SparseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower(model: SparseModel) -> None:
+        raise BadInput("this installation has no code generator")
+
+    monkeypatch.setattr(SparseModel, "lower", lower)
+    bench = Bench(sparse, {}, torch.arange(200) % 50)
+    rows = list(bench.rows([Regime(1, 12)], [1.0], 1))
+    assert [row.model for row in rows] == ["routed, eager"]
+    assert bench.notes == ["not lowered: this installation has no code generator"]
 
 
 def test_put_restores_kernels(sparse: SparseModel) -> None:
@@ -224,6 +236,27 @@ def test_decoding_steps_see_the_same_context_each(sparse: SparseModel) -> None:
     assert seen[1:] == wanted * 2
 
 
+def test_only_the_timed_steps_are_compiled(sparse: SparseModel) -> None:
+    """Another model fills the cache, so that its length is no shape to compile for."""
+    seen: dict[str, list[int]] = {"compiled": [], "plain": []}
+
+    def model(name: str) -> Any:
+        def call(**given: Any) -> Any:
+            seen[name].append(given["input_ids"].shape[1])
+            return sparse(**given)
+
+        return call
+
+    dense = {"dense": model("plain"), "torch.compile": model("compiled")}
+    bench = Bench(sparse, dense, torch.arange(200) % 50)
+    steps = bench._steps(dense["torch.compile"], Regime(1, 1, 4))
+    with torch.no_grad():
+        steps.prepare()
+        steps.run()
+    assert seen["plain"] == [4]
+    assert seen["compiled"] == [1] * (1 + steps.count)
+
+
 def test_the_ideal_is_amdahls(sparse: SparseModel) -> None:
     """By hand: what is not a feed-forward layer stays, of the layers a half (and the router)."""
     bench = Bench(sparse, {}, torch.arange(10))
@@ -255,6 +288,19 @@ def test_attention_between_routed_projections_is_counted(pipeline: str) -> None:
         found = bench._facts(1.0, 64)
     assert found.flops_per_token == pytest.approx(dense.flops_per_token, rel=1e-3)
     assert found.bytes_per_token == pytest.approx(dense.bytes_per_token, rel=1e-3)
+
+
+def test_a_usual_table_fits_a_hundred_columns() -> None:
+    slow, fast = Spread(12.345678, 11.0, 13.0), Spread(0.0123456, 0.011, 0.013)
+    rows = [
+        BenchRow("decode", 8, "torch.compile", None, None, slow, Spread(1.0, 1.0, 1.0), None, True),
+        BenchRow("decode", 8, "routed, lowered", 0.75, 0.75, fast, Spread(12.5, 1.0, 1.0), 1.25),
+    ]
+    lines = Benchmark("m", "ffn-moe", tuple(rows), 9).text(100).splitlines()
+    (head,) = (line for line in lines if line.endswith("of ideal"))
+    assert len(head) <= 100
+    (row,) = (line for line in lines if "routed, lowered" in line)
+    assert row.split() == ("routed, lowered 75% 75% 12.35 11.00-13.00 648 12.50 1.25 1000%".split())
 
 
 def test_of_ideal() -> None:
