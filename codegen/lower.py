@@ -7,6 +7,7 @@ tokens, another dtype), the module's eager forward runs, which is what the kerne
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -17,6 +18,7 @@ from sparsify.errors import MissingDependency
 from sparsify.runtime.depth import RoutedLayer
 from sparsify.runtime.spec import RoutedModule
 
+LOWERINGS = {"cpu": "sparsify.codegen.cpu.lower", "cuda": "sparsify.codegen.triton.lower"}
 Progress = Callable[[str, int, int], None]
 
 
@@ -32,11 +34,13 @@ def lower(
         progress: called with (what, done, total).
     """
     remarks: list[Remark] = []
+    device = _device(model)
     groups = grouped(model)
     for number, group in enumerate(groups):
         if progress is not None:
             progress("lower", number, len(groups))
-        remarks += _lower_alike([path for path, _ in group], [module for _, module in group], int8)
+        paths, modules = [path for path, _ in group], [module for _, module in group]
+        remarks += _lower_alike(paths, modules, device, int8)
     if progress is not None:
         progress("lower", len(groups), len(groups))
     order = {path: at for at, (path, _) in enumerate(model.named_modules())}
@@ -52,24 +56,28 @@ def raise_to_eager(model: nn.Module) -> None:
 
 def lower_module(module: RoutedModule, *, int8: bool = False) -> Remark:
     """:func:`lower` for one module by itself."""
-    return _lower_alike([""], [module], int8)[0]
+    return _lower_alike([""], [module], _device(module), int8)[0]
 
 
-def _lower_alike(paths: Sequence[str], modules: Sequence[RoutedModule], int8: bool) -> list[Remark]:
+def _device(model: nn.Module) -> str:
+    """Where the weights are; modules without weights follow their inputs, which are there too."""
+    return next((p.device.type for p in model.parameters()), "cpu")
+
+
+def _lower_alike(
+    paths: Sequence[str], modules: Sequence[RoutedModule], device: str, int8: bool
+) -> list[Remark]:
     """Modules of one kind: what holds for one holds for all."""
-    from sparsify.codegen.cpu.lower import kernels_of
-
-    first = modules[0]
     for module in modules:
         module.kernel = None
     suggestion = None
     try:
-        if isinstance(first, RoutedLayer):
+        if isinstance(modules[0], RoutedLayer):
             raise Refused("its live tokens are gathered by torch; what is inside is lowered")
-        weight = next(first.parameters(), None)  # attention has none: it follows its inputs
-        if weight is not None and weight.device.type != "cpu":
-            raise Refused(f"there are no kernels for {weight.device.type} yet")
-        kernels, text = kernels_of(modules, int8=int8)
+        if device not in LOWERINGS:
+            raise Refused(f"there are no kernels for {device}")
+        chosen = importlib.import_module(LOWERINGS[device])
+        kernels, text = chosen.kernels_of(modules, int8=int8)
     except Refused as error:
         kernels, text, suggestion = [], error.reason, error.suggestion
     except MissingDependency as error:
