@@ -1,9 +1,10 @@
 /* y[t] = sum over the rows that are live for token t of times * row, + vectors: the rows of a
    transposed weight matrix (in, out) are its input features. One to eight tokens; rows that are
-   live for no token are not read, and each token adds its own rows only. Threads share the outputs,
-   so results do not depend on how many there are. */
+   live for no token are not read, and each token adds its own rows only. Threads share the live rows of
+   one token, the outputs of several. */
 
 #define MOST 8
+#define AHEAD 4096 /* bytes of rows up to which the next ones are asked for */
 #define ROOM 8192 /* sums of all tokens at once, in the first cache: whole rows where possible */
 #define BLOCK 131072 /* bytes of rows that several tokens read from the second cache in turn */
 
@@ -103,8 +104,43 @@ static void outputs(const work *w, int64_t lo, int64_t hi) {
     }
 }
 
+/* One token: threads share the live rows, whole runs of memory, and add their sums up. Half rows are
+   short runs that lie far apart: reading them is slower by a third (rows of 576 floats). */
+static int share_rows(const work *w, int threads) {
+    const routed *to = w->to;
+    const list *l = &w->live[0];
+    int64_t out = to->out, room = (out + 15) / 16 * 16 + 16;
+    float *sums = aligned_alloc(64, (threads * room * sizeof(float) + 63) / 64 * 64);
+    if (!sums) return 0;
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
+        float *mine = sums + part * room;
+        memset(mine, 0, out * sizeof(float));
+        add_list(out * (int64_t)sizeof(weight_t) <= AHEAD, to->matrix, out, l, l->n * part / parts,
+                 l->n * (part + 1) / parts, mine, out);
+#ifndef WEIGHT_INT8
+        const list *d = &w->dead[0];
+        if (to->dropped)
+            add_list(0, to->dropped, out, d, d->n * part / parts, d->n * (part + 1) / parts, mine,
+                     out);
+#endif
+#pragma omp barrier
+        for (int64_t j = out * part / parts; j < out * (part + 1) / parts; j++) {
+            float sum = 0;
+            for (int64_t i = 0; i < parts; i++) sum += sums[i * room + j];
+            if (to->offset) sum += value(to->offset + j);
+            if (to->bias) sum += value(to->bias + j);
+            set_value(w->y + j, sum);
+        }
+    }
+    free(sums);
+    return 1;
+}
+
 static void share_outputs(const work *w, int64_t pairs, int threads) {
     int64_t out = w->to->out;
+    if (w->tokens == 1 && team(threads, pairs * out) > 1 && share_rows(w, threads)) return;
     threads = team(MIN(threads, (int)((out + 63) / 64)), pairs * out);
     if (threads == 1) {
         outputs(w, 0, out);
