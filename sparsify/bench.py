@@ -36,12 +36,8 @@ from sparsify.runtime.model import SparseModel
 from sparsify.runtime.spec import RoutedModule
 from sparsify.timing import Rounds, Work, interleaved
 
-DENSE, COMPILED, EAGER, LOWERED = (
-    "dense",
-    "dense, torch.compile",
-    "routed, eager",
-    "routed, lowered",
-)
+DENSE, COMPILED = "dense", "torch.compile"
+EAGER, LOWERED = "routed, eager", "routed, lowered"
 _SCORES = "attention scores"  # as sparsify.costs names them
 STEPS = 8  # different tokens that one timed run decodes: a single one may be an odd one
 Progress = Callable[[str, int, int], None]
