@@ -71,7 +71,7 @@ def lower_gradient(program: Program) -> Scalar:
 
 
 def canonical(program: Program) -> Program:
-    """``program`` with its steps renamed in order: layers whose activations are equal share code."""
+    """``program``, its steps renamed in order: layers whose activations are equal share code."""
     names = {name: Ref(name) for name in program.inputs}
 
     def renamed(value: Any) -> Any:

@@ -174,8 +174,7 @@ class Gradient:
         if op == "sqrt":
             return w("div", w.mul(g, 0.5), out)
         if op == "abs":
-            sign = w.pick(w("gt", x, 0.0), g, w.pick(w("lt", x, 0.0), w("neg", g), 0.0))
-            return sign
+            return w.pick(w("gt", x, 0.0), g, w.pick(w("lt", x, 0.0), w("neg", g), 0.0))
         if op == "tanh":
             return w.mul(g, w("sub", 1.0, w("mul", out, out)))
         if op == "sigmoid":

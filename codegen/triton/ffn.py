@@ -2,11 +2,11 @@
 
 ``h[p] = act(x[t] @ up_e.T, x[t] @ gate_e.T)`` for every pair p = (t, e) (:func:`ffn_hidden`), then
 ``y[t] = bias + sum over its pairs of select[t, e] * h[p] @ down_e`` (:func:`ffn_scatter`); the same
-kernel gives the gradient of x. Nothing of the size tokens x experts x neurons is made: h has one row
-of m for every pair that there can be.
+kernel gives the gradient of x. Nothing of the size tokens x experts x neurons is made: h has one
+row of m for every pair that there can be (under rules that cut, any token may use all N).
 
-Scheduling. ``ffn_hidden`` is persistent: a fixed number of programs walk the tiles, whose number and
-places they read on the device, so the host never waits for the counts.
+Scheduling. ``ffn_hidden`` is persistent: a fixed number of programs walk the tiles, whose number
+and places they read on the device, so the host never waits for the counts.
 
 Sums. A program of ``ffn_scatter`` owns a block of tokens and of outputs, and adds its experts'
 products one after the other, in order, in float32: no atomics (which would add in any order), and
@@ -71,11 +71,11 @@ def ffn_hidden(
     first, last, upto, tiles = expert_tiles(starts, blocks, N, BLOCK_N, ROWS)
     columns: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     total = tl.sum(tiles, 0) * columns
-    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
-        e = tl.sum((upto * columns <= tile).to(tl.int32), 0)
+    for item in range(tl.program_id(0), total, tl.num_programs(0)):
+        e = tl.sum((upto * columns <= item).to(tl.int32), 0)
         mine = n == e
         rows = tl.sum(tl.where(mine, tiles, 0), 0)
-        local = tile - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
+        local = item - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
         # Tiles that share weights are neighbours.
         p = tl.sum(tl.where(mine, first, 0), 0) + (local % rows) * ROWS + tl.arange(0, ROWS)
         live = p < tl.sum(tl.where(mine, last, 0), 0)

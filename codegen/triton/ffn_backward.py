@@ -58,11 +58,11 @@ def ffn_gradient(
     first, last, upto, tiles = expert_tiles(starts, blocks, N, BLOCK_N, ROWS)
     columns: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     total = tl.sum(tiles, 0) * columns
-    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
-        e = tl.sum((upto * columns <= tile).to(tl.int32), 0)
+    for item in range(tl.program_id(0), total, tl.num_programs(0)):
+        e = tl.sum((upto * columns <= item).to(tl.int32), 0)
         mine = n == e
         rows = tl.sum(tl.where(mine, tiles, 0), 0)
-        local = tile - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
+        local = item - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
         p = tl.sum(tl.where(mine, first, 0), 0) + (local % rows) * ROWS + tl.arange(0, ROWS)
         live = p < tl.sum(tl.where(mine, last, 0), 0)
         j = (local // rows) * COLUMNS + tl.arange(0, COLUMNS)
@@ -145,9 +145,8 @@ def ffn_outer(
     place = (e * M + j).to(tl.int64)
     inside = (j < M)[:, None] & (d < D)[None, :]
     tl.store(out + place[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=inside)
-    if SUMS:
-        if tl.program_id(0) == 0:
-            tl.store(sums + place, alone.to(sums.dtype.element_ty), mask=j < M)
+    if SUMS and tl.program_id(0) == 0:
+        tl.store(sums + place, alone.to(sums.dtype.element_ty), mask=j < M)
 
 
 def outer(

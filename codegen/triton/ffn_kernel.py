@@ -2,8 +2,9 @@
 
 ``module.kernel = lower_ffn(module)`` puts it in place. It declines (eager runs) where everything is
 live, which is a dense product, where neurons of live experts are routed too, and where tensors are
-not where Triton can read them. The router runs as it is; from its selection on, nothing waits for
-the device, except that rules which cut make the counter wait for the number of live pairs.
+not where Triton can read them. The router is one kernel where its rule has one
+(:mod:`sparsify.codegen.triton.router`), else it runs as it is. Nothing waits for the device, except
+that rules which cut make the counter wait for the number of live pairs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sparsify.codegen.elementwise import CannotLower
 from sparsify.codegen.triton.activation import functions, key_of
 from sparsify.codegen.triton.ffn_ops import routed_ffn
 from sparsify.codegen.triton.host import FLOATS, interpreted
+from sparsify.codegen.triton.router import can_route, selection
 from sparsify.core import Refused
 from sparsify.runtime.ffn import RoutedFFN
 
@@ -37,13 +39,17 @@ class FFNKernel:
         (x,) = inputs
         router, inside = module.router, module.inside
         runs = x.device.type == "cuda" or (interpreted() and x.device.type == "cpu")
+        runs = runs and not (interpreted() and x.dtype == torch.bfloat16)
         same = x.dtype == module.up.dtype and x.device == module.up.device
         thin = inside is not None and not inside.all_live
         if not runs or not same or x.dtype not in FLOATS or thin or router.all_live:
             return None
         estimated = module.slopes is not None
         scores = router.scores(x) if estimated else None
-        select = router(x) if scores is None else router(x, scores)
+        if scores is not None:
+            select = router(x, scores)
+        else:
+            select = selection(router, x) if can_route(router) else router(x)
         select = select.reshape(-1, module.experts)
         rows = x.reshape(-1, module.width)
         mask = select != 0

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sparsify.codegen.triton import ffn, ffn_backward, ffn_decode
-from sparsify.codegen.triton.host import check_tensor
+from sparsify.codegen.triton.host import check_tensor, interpreted
 from sparsify.codegen.triton.pairs import sort_pairs
+from sparsify.core import Refused
 
 FEW = 16  # tokens: decoding
 
@@ -39,7 +40,7 @@ def routed_ffn(
         activation: :func:`sparsify.codegen.triton.activation.key_of` its program.
         keep: the most experts that any token uses, as far as is known without looking: N at most.
     """
-    check_tensor(x)
+    _check(x)
     if not len(x):
         return x.new_empty(x.shape, dtype=torch.float32)
     select = select.contiguous()
@@ -70,7 +71,7 @@ def routed_ffn_backward(
     keep: int,
 ) -> list[Tensor]:
     """Gradients of x, select, up, gate, down, up_bias, gate_bias; empty for what is absent."""
-    check_tensor(x)
+    _check(x)
     parts = (up, gate, down, up_bias, gate_bias)
     if not len(x):
         found: list[Tensor | None] = [torch.empty_like(x), torch.empty_like(select)]
@@ -88,6 +89,13 @@ def _(dy: Tensor, *args: Any) -> list[Tensor]:
         x.new_empty(0) if t is None else torch.empty_like(t, memory_format=contiguous)
         for t in args[:7]
     ]
+
+
+def _check(x: Tensor) -> None:
+    check_tensor(x)
+    if x.dtype == torch.bfloat16 and interpreted():
+        # Triton 3.9's interpreter holds bfloat16 as integers, and tl.dot multiplies those.
+        raise Refused("Triton's interpreter cannot multiply bfloat16 matrices")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

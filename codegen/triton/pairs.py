@@ -2,9 +2,9 @@
 
 ``slot[p] = token * N + expert`` of pair p; pairs are in the order of experts, and of tokens within
 one expert. ``starts[b, e]`` is the first pair of expert e whose token is in block b or later
-(blocks of ``BLOCK`` tokens), so ``starts[b, e]`` to ``starts[b + 1, e]`` are the pairs of that expert and
-block, and row 0 and the last row bound all of an expert's. Ranks are prefix sums, not atomics:
-the order does not vary from run to run.
+(blocks of ``BLOCK`` tokens), so ``starts[b, e]`` to ``starts[b + 1, e]`` are the pairs of that
+expert and block, and row 0 and the last row bound all of an expert's. Ranks are prefix sums, not
+atomics: the order does not vary from run to run.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from sparsify.runtime.program import Program, Ref, Step
 from tests.kernels.triton.ffn_cases import NAMES, Case
 from tests.unit.runtime.examples import SILU, Dense
 
-SMALL = 18  # seeds: every activation of even ones with gradients
+SMALL = 12  # seeds: every activation of even ones with gradients
 
 
 @pytest.mark.parametrize("seed", range(SMALL))
@@ -66,10 +66,10 @@ def test_dead_experts_are_not_read(tokens: int) -> None:
     assert routed_ffn(*args, key_of(SILU), 4).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 3, 18])
-def test_half_types(dtype: torch.dtype, tokens: int) -> None:
+def test_half(tokens: int) -> None:
     """Rounded once, at the neurons: within that rounding of float32."""
+    dtype = torch.float16
     args = arguments(tokens, dtype)
     wide = [None if a is None else a.float() for a in args]
     y = routed_ffn(*args, key_of(SILU), 4)
@@ -80,6 +80,11 @@ def test_half_types(dtype: torch.dtype, tokens: int) -> None:
     size = (h.abs() * select.repeat_interleave(6, 1)) @ down.flatten(0, 1).abs()
     # half a unit in the last place of every neuron, and float32's own error beside it
     assert ((y - wanted).abs() <= 1.01 * torch.finfo(dtype).eps / 2 * size + 1e-5).all()
+
+
+def test_interpreter_has_no_bfloat16() -> None:
+    with pytest.raises(Refused, match="bfloat16"):
+        routed_ffn(*arguments(3, torch.bfloat16), key_of(SILU), 4)
 
 
 def test_runs_are_equal_bit_for_bit() -> None:
@@ -108,10 +113,10 @@ def test_operator_is_registered_in_full() -> None:
 class Layer(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.args = arguments(5)[2:]
+        self.args = [*arguments(5)[2:], key_of(SILU), 4]
 
     def forward(self, x: Tensor, select: Tensor) -> Tensor:
-        return routed_ffn(x * 2, select, *self.args, key_of(SILU), 4)
+        return routed_ffn(x * 2, select, *self.args)
 
 
 def test_export_sees_one_operator() -> None:
