@@ -7,6 +7,7 @@ for every weight that no pass touched. The graph module itself is not registered
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -149,8 +150,9 @@ class SparseModel(nn.Module):
         """
         assert isinstance(self.call_spec, CausalCall)
         flat = self.call_spec.inputs(
-            input_ids, attention_mask, position_ids, past, dtype=self.dtype
-        )
+            input_ids, attention_mask, position_ids, past,
+            dtype=None if past else self.dtype,  # looking through all weights takes a millisecond
+        )  # fmt: skip
         if isinstance(keep, int) and 0 < keep < input_ids.shape[1]:
             return self.call_spec.unflatten(self._last_tokens.run(self.graph, flat, keep))
         logits, cache = self.call_spec.unflatten(self.graph.forward(*flat))
@@ -218,6 +220,24 @@ class SparseModel(nn.Module):
         from sparsify.runtime.counters import reset
 
         reset(self)
+
+    # -- kernels
+
+    def lower(self, *, int8: bool = False) -> Any:
+        """Put kernels into the routed modules, for inference; remarks say which and why not.
+
+        Codegen is no part of what a deployed model needs: without it, eager runs.
+
+        Args:
+            int8: read int8 copies of the weights, where a kernel can: fewer bytes, another result.
+        """
+        try:  # by name: the runtime stands without it
+            codegen = importlib.import_module("sparsify.codegen.lower")
+        except ModuleNotFoundError as error:
+            raise BadInput(
+                "this installation has no code generator", help="pip install sparsify-fx"
+            ) from error
+        return codegen.lower(self, int8=int8)
 
     # -- a torch module like any other
 

@@ -9,8 +9,8 @@ empty weights, which the checkpoint's tensors then fill. A third-party routed mo
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,10 @@ Spec = dict[str, Any]
 Dispatch = Literal["auto", "grouped", "masked"]
 
 
-class Kernel(Protocol):
-    """A faster implementation of one routed module's forward (:mod:`sparsify.codegen`)."""
-
-    def __call__(self, module: Any, *inputs: Tensor) -> Any:
-        """What ``module.forward(*inputs)`` gives and counts; None where eager has to run."""
+# A faster implementation of one routed module's forward (sparsify.codegen): called with the module
+# and forward's inputs, it gives what forward gives and counts what forward counts, or None where
+# eager has to run.
+Kernel = Callable[..., Any]
 
 
 class RoutedModule(nn.Module):

@@ -1,4 +1,4 @@
-"""The front door: compile, inspect, load, verify, diff, evaluate, generate, bisect, reproduce.
+"""The front door: compile, inspect, load, verify, diff, evaluate, generate, bench, bisect, ...
 
 Each takes a model object, or a MODEL text as on the command line (``zoo:llama``, a folder, a GGUF
 file, ``module:function``, a ``.pt2`` file). The caller's model is left untouched; weights that no
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify import registry, text
+from sparsify import bench_setup, registry, text
+from sparsify.bench_table import Benchmark
 from sparsify.calibrate import collect
 from sparsify.capture import Capture, capture
 from sparsify.core import Pass, Refused, Remark
@@ -54,7 +55,8 @@ from sparsify.saved import diff, evaluate, generate, load, verify
 from sparsify.settle import settle
 
 __all__ = [
-    "bisect", "compile", "diff", "evaluate", "generate", "inspect", "load", "reproduce", "verify",
+    "bench", "bisect", "compile", "diff", "evaluate", "generate", "inspect", "load", "reproduce",
+    "verify",
 ]  # fmt: skip
 
 DEFAULT_PIPELINE = "ffn-moe,attn-moh"
@@ -391,6 +393,66 @@ def bisect(
         return state
 
     return _bisect(fresh, stages, text.unparse([s.text for s in stages]), progress)
+
+
+def bench(
+    model: Any,
+    pipeline: str | None = None,
+    *,
+    active: Sequence[float] = (1.0, 0.75, 0.5),
+    tokens: Sequence[int] = (1, 8, 64, 512),
+    context: int = 128,
+    rounds: int = 9,
+    dense: Any = None,
+    compiled: bool = False,
+    example: Any = None,
+    calibration: Calibration | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Time a routed model beside the dense one and the ideal, interleaved in one run.
+
+    Args:
+        model: a dense model as for :func:`compile` (with ``pipeline``), or a sparse one: a folder
+            that ``save`` wrote, or a SparseModel.
+        active: budgets to measure at.
+        tokens: up to 8: decode one token for each of so many sequences; more: prefill.
+        context: tokens in the cache before a decoded one.
+        rounds: that count; every round runs everything once.
+        dense: the dense model of a sparse ``model``; default: the one it was compiled from, where
+            that can be loaded again, else the sparse model with everything live is the base.
+        compiled: time ``torch.compile`` of the dense model too (takes minutes).
+        example, calibration, tokenizer, seed: as for :func:`compile`.
+        progress: called with (what, done, total) during long work.
+
+    Raises:
+        BadInput: no pipeline for a dense model, one for a sparse model, or values out of range.
+        And as :func:`compile` and :func:`load`.
+    """
+    for budget in active:
+        check_budget(budget)
+    sparse = bench_setup.sparse_of(model, pipeline)
+    loaded, name = None, str(model)
+    if sparse is None:
+        if pipeline is None:
+            raise BadInput(
+                "bench needs a pipeline for a dense model",
+                help="-p 'ffn-moe', or name a folder that sparsify compile wrote",
+            )
+        loaded = load_model(model, example=example, tokenizer=tokenizer)
+        sparse = compile(
+            loaded.model, pipeline, loaded.example, calibration, tokenizer=loaded.tokenizer,
+            verify="off", seed=seed, context=context, progress=progress,
+        )  # fmt: skip
+        name = loaded.name
+    elif isinstance(model, SparseModel):
+        name = sparse.call_spec.model
+    return bench_setup.run(
+        sparse, name, loaded, dense=dense, example=example, active=active, tokens=tokens,
+        context=context, rounds=rounds, compiled=compiled, seed=seed, progress=progress,
+        machine={"sparsify": _version(), **machine()},
+    )  # fmt: skip
 
 
 def machine() -> dict[str, Any]:

@@ -113,8 +113,12 @@ def generate(
     active: float | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    lower: bool = True,
 ) -> Generation:
     """Continue ``prompt`` with a saved language model.
+
+    Args:
+        lower: put kernels into the model first (:meth:`SparseModel.lower`).
 
     Raises:
         BadInput: the model has no tokenizer or does not generate.
@@ -127,6 +131,8 @@ def generate(
     ids = sparse.tokenizer(prompt, return_tensors="pt")
     if ids["input_ids"].shape[1] == 0:
         raise BadInput("the prompt is empty")
+    if lower:
+        sparse.lower()
     torch.manual_seed(seed)
     sparse.reset_counters()
     start = time.perf_counter()

@@ -4,6 +4,8 @@ A kernel module ends in ``SPECS``: one :class:`KernelSpec` for each kernel, at t
 that a real model would ask for. :mod:`sparsify.codegen.triton.facts` compiles them for every
 target, :mod:`sparsify.codegen.triton.traffic` counts what they load and store, tests and goldens
 hold both.
+that a real model would ask for. :mod:`sparsify.codegen.triton.facts` compiles them for every target,
+:mod:`sparsify.codegen.triton.traffic` counts what they load and store, tests and goldens hold both.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ MODULES: tuple[str, ...] = (
     "sparsify.codegen.triton.blocks",
     "sparsify.codegen.triton.linear",
     "sparsify.codegen.triton.tokens",
+    "sparsify.codegen.triton.ffn",
+    "sparsify.codegen.triton.ffn_backward",
+    "sparsify.codegen.triton.ffn_decode",
 )
 
 

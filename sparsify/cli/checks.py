@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparsify import registry
-from sparsify.errors import BadCheckpoint, BadInput, ModelNotFound, OutputError, did_you_mean
+from sparsify.errors import (
+    BadCheckpoint,
+    BadInput,
+    MissingDependency,
+    ModelNotFound,
+    OutputError,
+    did_you_mean,
+)
 from sparsify.text import StageText, parse
 
 MANIFEST = "sparsify.json"  # what marks a folder as a saved sparse model
@@ -43,6 +51,18 @@ def fractions(option: str, text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
+def counts(option: str, text: str) -> tuple[int, ...]:
+    """Counts written as ``1,8,64``."""
+    found = []
+    for word in text.split(","):
+        try:
+            found.append(int(word))
+        except ValueError:
+            raise BadInput(f"{option} takes counts such as 1,8,64, not '{text}'") from None
+        at_least(option, found[-1], 1)
+    return tuple(found)
+
+
 def at_least(option: str, value: int, least: int) -> None:
     """Refuse a count that is too small."""
     if value < least:
@@ -74,6 +94,22 @@ def saved(path: Path) -> None:
             why=f"it holds no {MANIFEST}" if path.is_dir() else "it is a file",
             help="sparsify compile MODEL -o OUT",
         )
+
+
+def convertible(path: str, pipeline: str | None) -> bool:
+    """Whether ``path`` is a saved sparse model; refuses one with a pipeline, others without."""
+    is_saved = (Path(path) / MANIFEST).is_file()
+    if is_saved and pipeline is not None:
+        raise BadInput(
+            f"{path} is a sparse model: it takes no pipeline",
+            help="leave -p out, or name the dense model",
+        )
+    if not is_saved and pipeline is None:
+        raise BadInput(
+            f"{path} is a dense model: it needs a pipeline" if path else "MODEL is empty",
+            help="-p 'ffn-moe', or name a folder that sparsify compile wrote",
+        )
+    return is_saved
 
 
 def file(option: str, path: Path | None) -> None:
@@ -129,6 +165,15 @@ def graph_folder(option: str, path: Path | None, *, force: bool) -> None:
             f"{option} {path} is not empty", help="--force writes into it, beside what is there"
         )
     _writable(path)
+
+
+def triton(option: str, wanted: object) -> None:
+    """Refuse what needs triton where it is not installed."""
+    if wanted is not None and importlib.util.find_spec("triton") is None:
+        raise MissingDependency(
+            f"{option} needs triton, which is not installed",
+            help="pip install 'sparsify-fx[triton]'",
+        )
 
 
 def _writable(path: Path) -> None:

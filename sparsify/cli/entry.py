@@ -41,6 +41,7 @@ def _run(args: list[str]) -> int:
     for verbs in (
         "build",
         "use",
+        "bench",
         "train",
         "about",
     ):  # in the order of --help; an import registers them

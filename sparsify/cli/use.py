@@ -76,6 +76,9 @@ def generate(
         float, typer.Option(metavar="T", help="0 takes the likeliest token.")
     ] = 0.0,
     seed: SeedOption = 0,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Run on plain PyTorch, without kernels.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Continue PROMPT with a saved language model."""
@@ -87,7 +90,13 @@ def generate(
     from sparsify import api
 
     found = api.generate(
-        saved, prompt, tokens=tokens, active=active, temperature=temperature, seed=seed
+        saved,
+        prompt,
+        tokens=tokens,
+        active=active,
+        temperature=temperature,
+        seed=seed,
+        lower=not eager,
     )
     print(show.as_json(found.to_dict()) if json else found.text)
 

@@ -284,7 +284,32 @@ SAVED = (
         prepare=both(saved, TEXT)),
 )  # fmt: skip
 
-ROWS = PIPELINES + VALUES + FILES + MODELS + SAVED
+BENCH = (
+    Row("bench: budgets", "bench own:good -p ffn-moe --active 1,x", ("'1,x'",)),
+    Row("bench: no budget", "bench own:good -p ffn-moe --active 0", ("--active cannot be 0",)),
+    Row("bench: tokens", "bench own:good -p ffn-moe --tokens 1,2.5",
+        ("--tokens takes counts such as 1,8,64, not '1,2.5'",)),
+    Row("bench: no tokens", "bench own:good -p ffn-moe --tokens 8,0", ("--tokens cannot be 0",)),
+    Row("bench: no context", "bench own:good -p ffn-moe --context 0", ("--context cannot be 0",)),
+    Row("bench: no rounds", "bench own:good -p ffn-moe --rounds 0", ("--rounds cannot be 0",)),
+    Row("bench: unknown pass", "bench own:good -p ffn-meo", ("did you mean 'ffn-moe'?",)),
+    Row("bench: no pipeline", "bench own:good",
+        ("own:good is a dense model: it needs a pipeline", "-p 'ffn-moe'")),
+    Row("bench: missing model", "bench ./nowhere -p ffn-moe", ("nowhere",)),
+    Row("bench: missing folder", "bench ./nowhere", ("./nowhere", "pipeline")),
+    Row("bench: pipeline for a sparse model", "bench saved -p ffn-moe",
+        ("saved is a sparse model: it takes no pipeline",), prepare=saved),
+    Row("bench: calibration of a sparse model", "bench saved --calibration docstrings",
+        ("--calibration is of no use",), prepare=saved),
+    Row("bench: no such dense model", "bench saved --dense zoo:lama", ("mean 'llama'?",),
+        prepare=saved),
+    Row("bench: damaged model", "bench saved", ("saved",), prepare=damaged_weights),
+    Row("bench: table exists", "bench own:good -p ffn-moe --json r.json",
+        ("--json r.json exists already",), prepare=write("r.json", "{}")),
+    Row("bench: nothing to route", "bench own:linear -p ffn-moe", ("[nothing matched]",), 3, OWN),
+)  # fmt: skip
+
+ROWS = PIPELINES + VALUES + FILES + MODELS + SAVED + BENCH
 
 
 @pytest.fixture
@@ -367,7 +392,7 @@ def test_messages_are_as_accepted(
 ) -> None:
     """The messages of all rows that need no model, side by side: what users read when they slip."""
     shown = []
-    for row in (*PIPELINES, *VALUES, *FILES):
+    for row in (*PIPELINES, *VALUES, *FILES, *BENCH[:8]):
         if row.prepare is None and not row.command.startswith("diff"):  # diff needs torch
             main(row.command.split())
             shown.append(f"$ sparsify {row.command}\n{capsys.readouterr().err}")

@@ -24,7 +24,7 @@ from sparsify.errors import ClaimFailed, NothingMatched
 ROOT = Path(__file__).parents[2]
 VERBS = (
     "inspect", "compile", "diff", "verify", "bisect", "reproduce", "eval", "generate", "demo",
-    "heal", "passes", "env",
+    "bench", "heal", "passes", "env",
 )  # fmt: skip
 
 
@@ -155,7 +155,16 @@ def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.Simpl
 
         return call
 
-    for name in ("inspect", "compile", "diff", "verify", "bisect", "reproduce", "evaluate"):
+    for name in (
+        "inspect",
+        "compile",
+        "diff",
+        "verify",
+        "bisect",
+        "reproduce",
+        "evaluate",
+        "bench",
+    ):
         setattr(stand_in, name, function(name))
     monkeypatch.setitem(sys.modules, "sparsify.api", stand_in)  # type: ignore[arg-type]
     monkeypatch.setattr(sparsify, "api", stand_in, raising=False)
@@ -195,6 +204,24 @@ def test_json_on_stdout_is_json_only(
     for verb in (["inspect", "m"], ["diff", "a", "b"], ["bisect", "m", "-p", "ffn-moe"]):
         assert main([*verb, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["name"] == verb[0]
+
+
+def test_bench_hands_on_what_it_was_given(
+    api: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["bench", "zoo:llama", "-p", "ffn-moe", "--active", "1,0.5", "--tokens", "1,64"]
+    args += ["--context", "16", "--rounds", "3", "--compile", "--json", "b.json"]
+    assert main(args) == 0
+    assert api.calls == [
+        ("bench", ("zoo:llama", "ffn-moe"), {
+            "active": (1.0, 0.5), "tokens": (1, 64), "context": 16, "rounds": 3, "dense": None,
+            "compiled": True, "example": None, "calibration": None, "seed": 0,
+        }),
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "b.json").read_text())["name"] == "bench"
+    assert "bench in 100 columns" in capsys.readouterr().out
+    assert main(["bench", "zoo:llama", "-p", "ffn-moe", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "bench"
 
 
 def test_a_failed_verification_is_exit_1(

@@ -1,0 +1,272 @@
+"""The routed feed-forward layer on CPU: one call from scores to the sum over live experts.
+
+A few tokens (decoding) go through one C call: score, select, read the live experts' rows, activate,
+add up, stand-ins for the dead. Many tokens are selected by the eager router, then two parallel
+loops compute the neurons of live pairs and the outputs. Between the two, and wherever the dense
+computation is faster, the plan decides (:mod:`sparsify.codegen.plan`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparsify.codegen.cpu.build import load
+from sparsify.codegen.cpu.call import checked, dtype_of, plain, usable
+from sparsify.codegen.cpu.ffn_source import source
+from sparsify.codegen.cpu.linear import quantised
+from sparsify.errors import SparsifyBug
+from sparsify.runtime.dropped import at_budget
+from sparsify.runtime.ffn import RoutedFFN
+from sparsify.runtime.inside import LiveNeurons
+from sparsify.runtime.router import Router
+
+Way = Literal["few", "prefill", "dense"]
+_FUSED = ("threshold", "top-k")  # rules that the kernel selects by itself
+
+_POINTERS = (
+    "x y up gate down up_bias gate_bias down_bias up_scale gate_scale down_scale router "
+    "router_bias order dropped slopes centre weigh offset select scores"
+).split()
+_SIZES = "T N m D R keep".split()
+
+
+class Arguments(ctypes.Structure):
+    """``ffn`` of ffn.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("threshold", ctypes.c_float),
+        ("cut", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("threads", "live", "thin")),
+    )
+
+
+Choose = Callable[[int, float], Way]
+
+
+class FfnKernel:
+    """The kernel of one RoutedFFN.
+
+    Args:
+        module: the layer it is for.
+        choose: (tokens, active) -> the way; :mod:`sparsify.codegen.cpu.tune` measures which.
+        int8: read an int8 copy of the weights with one scale per neuron, made here and again when
+            they change. Results change with it: it is asked for, never chosen.
+
+    Raises:
+        NoCompiler, BuildFailed, CannotLower; Refused where the layer is of a kind that it does not
+        know.
+    """
+
+    def __init__(self, module: RoutedFFN, choose: Choose, *, int8: bool = False) -> None:
+        self.choose = choose
+        self.int8 = int8
+        self.dtype = dtype_of(module.up)
+        gated = module.gate is not None
+        text = source(
+            module.activation,
+            gated=gated,
+            weights=torch.int8 if int8 else self.dtype,
+            thin=module.inside is not None,
+        )
+        library = load(text, "ffn")
+        self.few, self.prefill, self.routes = library.few, library.prefill, library.routes
+        for entry in (self.few, self.prefill, self.routes):
+            entry.argtypes, entry.restype = (ctypes.c_void_p,), ctypes.c_int64
+        self._key: tuple[Any, ...] = ()
+        self._base = Arguments()
+        self._kept: list[Tensor] = []  # what the pointers of _base point to
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> FfnKernel:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__, _key=(), _kept=[])
+        return twin
+
+    def __call__(self, module: RoutedFFN, x: Tensor) -> Tensor | None:
+        """x (..., D) -> (..., D), or None where eager has to run."""
+        if not plain(x, self.dtype) or not x.numel():
+            return None
+        router: Router = module._modules["router"]  # type: ignore[assignment]
+        everything = router.all_live
+        rows = x.reshape(-1, x.shape[-1])
+        way = self.choose(len(rows), 1.0 if everything else router.active)
+        if way == "dense":
+            return self._dense(module, x, rows, everything)
+        if way == "prefill" and module._modules.get("inside") is not None:
+            return None
+        return self.run(way, module, x, rows, everything)
+
+    def _dense(self, module: RoutedFFN, x: Tensor, rows: Tensor, everything: bool) -> Tensor | None:
+        """Every expert on every token, where that is faster: dead ones count as zero."""
+        if everything:
+            return None  # eager is dense then
+        router = module.router
+        scores = router.scores(x)
+        select = router(x, scores).reshape(len(rows), -1)
+        return module._masked(rows, select, scores.reshape(len(rows), -1)).view(x.shape)
+
+    def run(
+        self, way: Way, module: RoutedFFN, x: Tensor, rows: Tensor, everything: bool
+    ) -> Tensor | None:
+        """Route and compute; what stands in for dead experts is added."""
+        router: Router = module._modules["router"]  # type: ignore[assignment]
+        fused = not everything and _fusable(router)
+        args = self._arguments(module, router, everything)
+        if args is None:
+            return None
+        T, N = len(rows), args.N
+        wide = (rows if self.dtype is torch.float32 else rows.float()).contiguous()
+        scores: Tensor | None = None
+        if everything:
+            select = wide.new_ones(T * N)
+        elif not fused:
+            given = router.scores(x)
+            select, scores = _flat(router(x, given)), _flat(given)
+        elif way == "few":
+            scratch = wide.new_empty(T * (N + args.R))
+            select, scores = scratch[: T * N], scratch[T * N :]
+        else:
+            select, scores = wide.new_empty(T * N), _flat(router.scores(x))
+            self._call(self.routes, args, wide, wide, select, scores)
+        if not fused or way == "prefill":
+            args.router = None
+        y = torch.empty_like(wide)
+        self._call(self.few if way == "few" else self.prefill, args, wide, y, select, scores)
+        module.counter.seen(T, N, args.live)
+        module.counter.rows += args.live
+        inside = module._modules.get("inside")
+        if isinstance(inside, LiveNeurons):
+            inside._seen(T, args.live, args.thin)
+            inside.counter.rows += args.thin
+        if way == "prefill" and args.live < T * N and (args.dropped or args.slopes):
+            known = None if scores is None else scores.view(T, -1)
+            for left, right in module._stand_ins(select.view(T, N) != 0, known):
+                y = torch.addmm(y, left.to(y.dtype), right.to(y.dtype))
+        return y.to(x.dtype).view(x.shape)
+
+    def compute(self, way: Way, module: RoutedFFN, x: Tensor, select: Tensor) -> Tensor:
+        """x (T, D), select (T, N) -> the live experts' sum and the bias (T, D); nothing counted."""
+        args = self._arguments(module, module.router, True)
+        if args is None:
+            raise SparsifyBug("a layer's weights are not where its kernel expects them")
+        wide = x.float().contiguous()
+        y = torch.empty_like(wide)
+        args.router = None
+        call = self.few if way == "few" else self.prefill
+        self._call(call, args, wide, y, _flat(select), None)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def _call(
+        entry: Any, args: Arguments, x: Tensor, y: Tensor, select: Tensor, scores: Tensor | None
+    ) -> None:
+        args.x, args.y, args.select = x.data_ptr(), y.data_ptr(), select.data_ptr()
+        args.scores = 0 if scores is None else scores.data_ptr()
+        args.T, args.threads = len(x), torch.get_num_threads()
+        checked(entry(ctypes.addressof(args)))
+
+    def _arguments(self, module: RoutedFFN, router: Router, everything: bool) -> Arguments | None:
+        """All that does not depend on the call, from the cache while nothing has changed."""
+        own, its = module._parameters, router._parameters
+        inside = module.inside
+        tensors: list[Tensor | None] = [own.get(n) for n in _OWN]
+        tensors += [its["weight"], its["bias"], router._buffers.get("order")]
+        if inside is not None:
+            tensors += [own.get("offset"), inside.scale, inside.centre]
+        key = (
+            everything,
+            router.active,
+            None if inside is None else inside.setting,
+            *[None if t is None else (t.data_ptr(), _version(t)) for t in tensors],
+        )
+        if key != self._key:
+            packed = [own[n] for n in ("up", "gate", "down") if own.get(n) is not None]
+            if not usable(packed, [self.dtype] * len(packed)):
+                return None
+            self._base, self._kept = self._read(module, router, everything)
+            self._key = key
+        args = Arguments.from_buffer_copy(self._base)
+        selector = router.selector
+        if selector.mean:
+            threshold = router.threshold
+            args.threshold = threshold if isinstance(threshold, float) else 0.0
+            args.keep = -1
+        else:
+            args.keep = int(router.budget)
+        if inside is not None:
+            cut = -1.0 if inside.all_live else inside.threshold
+            if not inside.selector.mean or isinstance(cut, Tensor):
+                return None
+            args.cut = cut
+        return args
+
+    def _read(
+        self, module: RoutedFFN, router: Router, everything: bool
+    ) -> tuple[Arguments, list[Tensor]]:
+        args, kept = Arguments(), list[Tensor]()
+        args.N, args.m, args.D = module.up.shape
+        args.R = router.routed
+
+        def put(name: str, tensor: Tensor | None, wide: bool = True) -> None:
+            if tensor is None:
+                return
+            value = tensor.detach()
+            value = value.float().contiguous() if wide else value.contiguous()
+            kept.append(value)
+            setattr(args, name, value.data_ptr())
+
+        for name in ("up", "gate", "down"):
+            packed = getattr(module, name)
+            if self.int8 and packed is not None:
+                packed, scale = quantised(packed.detach().flatten(0, 1))
+                put(f"{name}_scale", scale)
+            put(name, packed, wide=False)
+        for name in ("up_bias", "gate_bias", "down_bias"):
+            put(name, getattr(module, name))
+        put("router", router.weight)
+        put("router_bias", router.bias)
+        put("order", router.order, wide=False)
+        if not everything:
+            at, active = module.dropped_at, router.active
+            if module.dropped is not None:
+                put("dropped", at_budget(module.dropped, at, active))
+            if module.slopes is not None:
+                put("slopes", at_budget(module.slopes, at, active))
+        inside = module.inside
+        if inside is not None:
+            put("centre", inside.centre)
+            put("weigh", inside.scale)
+            put("offset", module.offset)
+        return args, kept
+
+
+_OWN = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias", "dropped", "slopes")
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).float().contiguous()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _fusable(router: Router) -> bool:
+    """Whether the kernel can score and select as the router does."""
+    return (
+        type(router) is Router
+        and router.rule in _FUSED
+        and router.unit_weights
+        and not router.keep
+        and router.steer is None
+        and router.extra is None
+        and router.correction is None
+        and not router._forward_hooks
+        and not (router.selector.mean and not isinstance(router.threshold, float))
+    )

@@ -1,0 +1,85 @@
+"""The C source of a routed feed-forward layer: ffn.c, specialised.
+
+What a layer is (gated or plain, its activation, the type of its weights, whether neurons of live
+experts are selected) and the width of the machine's vectors are fixed at compile time; sizes are
+not, so the layers of one model share one kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+
+import torch
+
+from sparsify.codegen.cpu.tiles import TOTALS, dots, outer, spread
+from sparsify.codegen.elementwise import c_source
+from sparsify.codegen.machine import machine
+from sparsify.runtime.program import Program
+
+# The C library's expf and tanhf are calls, one number at a time; these are straight-line code that
+# the compiler turns into vectors. Cephes' polynomials (Moshier); at most 2 ulp off between -87 and
+# 88, infinite and zero beyond, NaN stays NaN.
+ELEMENTARY = """\
+static inline float exp_vector(float x) {
+    float y = x > 88.72283f ? 88.72283f : x;
+    y = y < -87.33654f ? -87.33654f : y;
+    float n = (y * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounded */
+    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    union { int32_t i; float f; } two = {((int32_t)n + 126) * (1 << 23)}; /* halved: n may be 128 */
+    float found = p * two.f * 2.0f;
+    found = x > 88.72283f ? INFINITY : found;
+    found = x < -87.33654f ? 0.0f : found;
+    return x != x ? x : found;
+}
+static inline float tanh_vector(float x) {
+    float a = fabsf(x), z = x * x;
+    float p = -5.70498872745e-3f;
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    float near = x + x * z * p, far = 1.0f - 2.0f / (exp_vector(2.0f * a) + 1.0f);
+    return a < 0.625f ? near : (x < 0.0f ? -far : far);
+}
+#define expf exp_vector
+#define tanhf tanh_vector
+"""
+
+
+@functools.lru_cache(maxsize=64)
+def _file(name: str) -> str:
+    return (resources.files("sparsify.codegen.cpu") / name).read_text(encoding="utf-8")
+
+
+def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool = False) -> str:
+    """The kernel of one kind of layer; CannotLower where its activation has no scalar code.
+
+    Args:
+        weights: float32, bfloat16 or int8 (which has scales).
+    """
+    lanes = machine().lanes
+    kind = {torch.float32: "VALUE_FLOAT32", torch.bfloat16: "VALUE_BFLOAT16"}
+    switches = {
+        "LANES": lanes,
+        kind.get(weights, "VALUE_FLOAT32"): 1,
+        "GATED": int(gated),
+        "ROWS": 2 if gated else 4,  # neurons of a tile
+        "THIN": int(thin),
+        "ACT(up, gate)": "act(up, gate)" if gated else "act(up)",
+    }
+    if weights == torch.int8:
+        switches["WEIGHT_INT8"] = 1
+    head = "\n".join(f"#define {name} {value}" for name, value in switches.items())
+    tiles = [dots(tokens, 4) for tokens in (1, 2, 3)]
+    tiles += [spread(6, 2), spread(12, 1), *(outer(tokens, 2) for tokens in range(1, 7))]
+    return "\n".join(
+        [head, _file("vectors.h"), ELEMENTARY, c_source(activation), TOTALS, *tiles, _file("ffn.c")]
+    )

@@ -1,0 +1,147 @@
+"""Routed linear on CPU, for one to eight tokens: scores, cut, and the sum over live rows, in C.
+
+``rows.c`` does what :class:`sparsify.runtime.inputs.RoutedLinear` does: subtract the centre, score
+``|x - centre| * scale``, keep what is above the threshold (or the k highest), and add up the live
+rows of ``columns`` (in, out), the offset and the bias. Beyond eight tokens nearly every row is live
+for some token, and eager's masked product runs.
+
+int8: one scale per row, ``columns[j] ~ q[j] * s[j]`` with ``s[j] = max |columns[j]| / 127``. It is
+asked for, never chosen, since it changes results, and it is the one case with a copy of weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.codegen.cpu import build
+from sparsify.codegen.cpu.call import (
+    FEW,
+    UNMADE,
+    Lowered,
+    Made,
+    address,
+    checked,
+    dtype_of,
+    function,
+    plain,
+    usable,
+    version,
+)
+from sparsify.core import Refused
+from sparsify.runtime.inputs import Magnitude, RoutedLinear
+from sparsify.runtime.rules import TopK
+from sparsify.runtime.rules_cut import Threshold
+
+THRESHOLD = -1  # in place of a count; as in rows.c
+
+
+class Routed(ctypes.Structure):
+    """``routed`` of rows.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "matrix offset bias dropped scale centre".split()),
+        *((name, ctypes.c_void_p) for name in "row_scale places".split()),
+        *((name, ctypes.c_int64) for name in "rows out units".split()),
+    ]
+
+
+class LinearKernel(Lowered):
+    """The kernel of one :class:`RoutedLinear`; Refused for rules and dtypes that it does not know.
+
+    Args:
+        int8: read an int8 copy of the weights, made here and again when they change.
+    """
+
+    def __init__(self, module: RoutedLinear, *, int8: bool = False) -> None:
+        self.dtype = dtype_of(module.columns)
+        self.int8 = int8
+        rule = module.select.selector
+        if type(rule) not in (TopK, Threshold):
+            raise Refused(f"CPU kernels of projections select by threshold or top-k, not {rule}")
+        self.inputs, self.outputs = module.columns.shape
+        self.run = function("rows", "routed_linear", self.dtype, "pppllfi", int8=int8)
+        self._made: Made = UNMADE
+        self._turned: tuple[Any, int] = (None, 0)
+
+    def __call__(self, module: RoutedLinear, x: Tensor) -> Tensor | None:
+        inputs = self.inputs
+        if not plain(x, self.dtype) or not x.dim() or x.size(-1) != inputs:
+            return None
+        tokens = x.numel() // inputs
+        if not 0 < tokens <= FEW:
+            return None
+        select: Magnitude = module._modules["select"]  # type: ignore[assignment]
+        keep, made = self._keep(select), self._struct(module, select)
+        threshold = select.threshold if keep == THRESHOLD else 0.0
+        if not made or keep is None or isinstance(threshold, Tensor):
+            return None
+        x = x if x.is_contiguous() else x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.outputs))
+        pairs = self.run(made, x.data_ptr(), y.data_ptr(), tokens, keep, threshold, build.threads())
+        counter = module.counter
+        counter.seen(tokens, inputs, checked(pairs))
+        counter.rows += pairs
+        return y
+
+    def forget(self) -> None:
+        self._made, self._turned = UNMADE, (None, 0)
+
+    def _keep(self, select: Magnitude) -> int | None:
+        """How many inputs are live, or THRESHOLD; None where somebody else decides."""
+        if "live" in select.__dict__ or "scores" in select.__dict__:
+            return None  # watched while it trains (runtime/training.py)
+        state = (select.active, select.k_exact, select.selector)
+        if self._turned[0] != state:
+            rule = select.selector
+            if type(rule) not in (TopK, Threshold):
+                return None
+            keep = self.inputs
+            if not select.all_live:
+                keep = THRESHOLD if rule.mean else int(select.budget)
+            self._turned = (state, keep)
+        return self._turned[1]
+
+    def _struct(self, module: RoutedLinear, select: Magnitude) -> int:
+        """The address of the module's struct; 0 where C cannot read its tensors."""
+        parameters, buffers = module._parameters, select._buffers  # not through __getattr__
+        columns, scale = parameters["columns"], buffers["scale"]
+        bias, offset, centre = parameters.get("bias"), parameters.get("offset"), buffers["centre"]
+        now = (
+            address(columns), address(offset), address(bias), address(scale), address(centre),
+            self._copied(columns, scale),
+        )  # fmt: skip
+        have, made, _ = self._made
+        if have == now:
+            return made
+        made, kept, value = 0, None, self.dtype
+        wide = None if scale is None else scale.float()  # ``model.bfloat16()`` narrows it
+        tensors = (columns, offset, bias, wide, centre)
+        if columns is not None and usable(tensors, (value, value, value, torch.float32, value)):
+            matrix, row_scale = quantised(columns) if self.int8 else (columns, None)
+            struct = Routed(
+                matrix=address(matrix), offset=now[1], bias=now[2], scale=address(wide),
+                centre=now[4], row_scale=address(row_scale),
+                rows=self.inputs, out=self.outputs, units=self.inputs,
+            )  # fmt: skip
+            made, kept = ctypes.addressof(struct), (struct, matrix, row_scale, wide)
+        self._made = (now, made, kept)
+        return made
+
+    def _copied(self, columns: Tensor | None, scale: Tensor | None) -> int:
+        """Changes with the values of what the struct holds copies of."""
+        found = version(columns) if self.int8 and columns is not None else 0
+        if scale is not None and scale.dtype is not torch.float32:
+            found += version(scale) << 32
+        return found
+
+
+def quantised(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """columns (in, out) -> int8 (in, out) and float32 (in,): one scale per row."""
+    wide = columns.detach().float()
+    scale = wide.abs().amax(1) / 127
+    q = (wide / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round()
+    return q.clamp_(-127, 127).to(torch.int8), scale

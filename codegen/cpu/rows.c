@@ -1,0 +1,206 @@
+/* y[t] = sum over the rows that are live for token t of times * row, + vectors: the rows of a
+   transposed weight matrix (in, out) are its input features. One to eight tokens; rows that are
+   live for no token are not read, and each token adds its own rows only. Threads share the outputs,
+   so results do not depend on how many there are. */
+
+#define MOST 8
+#define STRIP 1024 /* outputs at once: 4 KiB of sums per token stay in the first cache */
+#define BLOCK 131072 /* bytes of rows that several tokens read from the second cache in turn */
+
+typedef struct {
+    int64_t n;
+    int32_t *row; /* ascending */
+    float *times;
+} list;
+
+typedef struct {
+    const weight_t *matrix;   /* (rows, out) */
+    const value_t *offset;    /* (out) or null */
+    const value_t *bias;      /* (out) or null */
+    const value_t *dropped;   /* (units, out) or null: added for dead units */
+    const float *scale;       /* (rows) or null: a feature's score is |x - centre| * scale */
+    const value_t *centre;    /* (rows) or null */
+    const float *row_scale;   /* (rows) or null: of int8 weights */
+    const int64_t *places;    /* (rows) or null: input feature of every row */
+    int64_t rows, out, units;
+} routed;
+
+typedef struct {
+    const routed *to;
+    value_t *y; /* (tokens, out) */
+    int64_t tokens;
+    list live[MOST], dead[MOST];
+} work;
+
+static void add_list(const weight_t *matrix, int64_t out, const list *l, int64_t from, int64_t to,
+                     float *y, int64_t n) {
+    const weight_t *row[4], *next[4];
+    int64_t i = from;
+    for (; i + 4 <= to; i += 4) {
+        for (int r = 0; r < 4; r++) {
+            row[r] = matrix + l->row[i + r] * out;
+            next[r] = matrix + l->row[MIN(i + 4 + r, l->n - 1)] * out;
+        }
+        add_rows(4, row, next, l->times + i, y, n);
+    }
+    for (; i < to; i++) {
+        row[0] = matrix + l->row[i] * out;
+        next[0] = matrix + l->row[MIN(i + 1, l->n - 1)] * out;
+        add_rows(1, row, next, l->times + i, y, n);
+    }
+}
+
+/* outputs lo to hi of all tokens */
+static void outputs(const work *w, int64_t lo, int64_t hi) {
+    const routed *to = w->to;
+    float sums[MOST][STRIP] __attribute__((aligned(64)));
+    for (int64_t start = lo; start < hi; start += STRIP) {
+        int64_t n = MIN(STRIP, hi - start), from[MOST] = {0};
+        int64_t block = to->rows;
+        if (w->tokens > 1) {
+            block = BLOCK / (n * (int64_t)sizeof(weight_t));
+            if (block < 16) block = 16;
+        }
+        for (int64_t t = 0; t < w->tokens; t++) memset(sums[t], 0, n * sizeof(float));
+        for (int64_t end = block; end < to->rows + block; end += block)
+            for (int64_t t = 0; t < w->tokens; t++) {
+                const list *l = &w->live[t];
+                int64_t stop = from[t];
+                if (w->tokens == 1) stop = l->n;
+                else
+                    while (stop < l->n && l->row[stop] < end) stop++;
+                add_list(to->matrix + start, to->out, l, from[t], stop, sums[t], n);
+                from[t] = stop;
+            }
+        for (int64_t t = 0; t < w->tokens; t++) {
+            float *sum = sums[t];
+#ifndef WEIGHT_INT8
+            if (to->dropped)
+                add_list(to->dropped + start, to->out, &w->dead[t], 0, w->dead[t].n, sum, n);
+#endif
+            if (to->offset)
+                for (int64_t j = 0; j < n; j++) sum[j] += value(to->offset + start + j);
+            if (to->bias)
+                for (int64_t j = 0; j < n; j++) sum[j] += value(to->bias + start + j);
+            value_t *y = w->y + t * to->out + start;
+            for (int64_t j = 0; j < n; j++) set_value(y + j, sum[j]);
+        }
+    }
+}
+
+static void share_outputs(const work *w, int64_t pairs, int threads) {
+    int64_t out = w->to->out;
+    threads = team(MIN(threads, (int)((out + 63) / 64)), pairs * out);
+    if (threads == 1) {
+        outputs(w, 0, out);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
+        int64_t size = ((out + parts - 1) / parts + 15) / 16 * 16; /* whole cache lines */
+        int64_t lo = MIN(part * size, out);
+        outputs(w, lo, MIN(lo + size, out));
+    }
+}
+
+/* a score as an integer of the same order; NaN is above all, both zeros are equal: as torch sorts */
+INLINE uint32_t rank(float score) {
+    uint32_t b;
+    if (score != score) return UINT32_MAX;
+    score += 0.0f;
+    memcpy(&b, &score, 4);
+    return b & 0x80000000u ? ~b : b | 0x80000000u;
+}
+
+/* the keep-th highest rank, byte by byte; *equal = how many of that rank are kept */
+static uint32_t kth(const uint32_t *ranks, int64_t n, int64_t keep, int64_t *equal) {
+    uint32_t found = 0, known = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        int64_t count[256] = {0};
+        for (int64_t j = 0; j < n; j++) count[ranks[j] >> shift & 255] += (ranks[j] & known) == found;
+        int b = 255;
+        while (b && count[b] < keep) keep -= count[b--];
+        found |= (uint32_t)b << shift;
+        known |= 255u << shift;
+    }
+    *equal = keep;
+    return found;
+}
+
+/* Routed linear: x (tokens, rows) -> y; what is live is decided here.
+   keep: rows = all are live; below, that many of the highest score, ties to the lower; -1 = those
+   whose score is above the threshold. Returns live (token, row) pairs; -1 = out of memory. */
+int64_t routed_linear(const routed *to, const value_t *x, value_t *y, int64_t tokens, int64_t keep,
+                      float threshold, int threads) {
+    int64_t rows = to->rows, pairs = 0;
+    int32_t *room = malloc((tokens * 8 + 4) * rows + 64);
+    if (!room) return -1;
+    uint32_t *ranks = (uint32_t *)room + 2 * tokens * rows;
+    work w = {.to = to, .y = y, .tokens = tokens};
+    for (int64_t t = 0; t < tokens; t++) {
+        list *l = &w.live[t];
+        const value_t *mine = x + t * rows;
+        l->row = room + 2 * t * rows;
+        l->times = (float *)(l->row + rows);
+        uint32_t least = 0;
+        int64_t n = 0, equal = 0;
+        if (keep >= 0 && keep < rows) {
+            for (int64_t j = 0; j < rows; j++) {
+                float v = value(mine + j);
+                if (to->centre) v = stored(v - value(to->centre + j));
+                ranks[j] = rank(fabsf(v) * to->scale[j]);
+            }
+            if (keep) least = kth(ranks, rows, keep, &equal);
+        }
+        for (int64_t j = 0; j < rows; j++) {
+            float v = value(mine + j);
+            if (to->centre) v = stored(v - value(to->centre + j));
+            int live = 1;
+            if (keep < 0) live = fabsf(v) * to->scale[j] > threshold;
+            else if (keep < rows)
+                live = keep && (ranks[j] > least || (ranks[j] == least && equal-- > 0));
+            l->row[n] = (int32_t)j;
+            l->times[n] = to->row_scale ? v * to->row_scale[j] : v;
+            n += live;
+        }
+        l->n = n;
+        pairs += n;
+    }
+    share_outputs(&w, pairs, threads);
+    free(room);
+    return pairs;
+}
+
+/* Routed columns: z (tokens, rows), select (tokens, units) -> y. Row j belongs to unit
+   j / (rows / units). Returns live (token, unit) pairs; -1 = out of memory. */
+int64_t routed_columns(const routed *to, const value_t *z, const value_t *select, value_t *y,
+                       int64_t tokens, int threads) {
+    int64_t rows = to->rows, units = to->units, size = rows / units, pairs = 0;
+    int32_t *room = malloc(tokens * 8 * (rows + units) + 64);
+    if (!room) return -1;
+    work w = {.to = to, .y = y, .tokens = tokens};
+    for (int64_t t = 0; t < tokens; t++) {
+        list *l = &w.live[t], *d = &w.dead[t];
+        l->row = room + 2 * t * (rows + units);
+        l->times = (float *)(l->row + rows);
+        d->row = l->row + 2 * rows;
+        d->times = (float *)(d->row + units);
+        for (int64_t u = 0; u < units; u++) {
+            float by = value(select + t * units + u);
+            if (by == 0) {
+                d->row[d->n] = (int32_t)u;
+                d->times[d->n++] = 1;
+                continue;
+            }
+            pairs++;
+            for (int64_t j = u * size; j < (u + 1) * size; j++) {
+                l->row[l->n] = (int32_t)j;
+                l->times[l->n++] = by * value(z + t * rows + (to->places ? to->places[j] : j));
+            }
+        }
+    }
+    share_outputs(&w, pairs * size, threads);
+    free(room);
+    return pairs;
+}

@@ -1,0 +1,88 @@
+"""Lowering: every routed module of a model gets its kernel, or a remark says why it runs eagerly.
+
+Kernels are chosen by the exact class of the module, for the device that its weights are on. They
+run in inference only; in training, in verification, and where a kernel declines a call (too many
+tokens, another dtype), the module's eager forward runs, which is what the kernel is held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from sparsify.codegen.plan import grouped
+from sparsify.core import Refused, Remark
+from sparsify.errors import MissingDependency
+from sparsify.runtime.depth import RoutedLayer
+from sparsify.runtime.spec import RoutedModule
+
+Progress = Callable[[str, int, int], None]
+
+
+def lower(
+    model: nn.Module, *, int8: bool = False, progress: Progress | None = None
+) -> tuple[Remark, ...]:
+    """Put kernels into the routed modules of ``model``; one remark for each that does work.
+
+    Args:
+        model: a SparseModel, or any module that holds routed modules.
+        int8: feed-forward layers and projections read int8 copies of their weights, one scale per
+            row: a quarter of the bytes, another result. Off unless asked for.
+        progress: called with (what, done, total).
+    """
+    remarks: list[Remark] = []
+    groups = grouped(model)
+    for number, group in enumerate(groups):
+        if progress is not None:
+            progress("lower", number, len(groups))
+        remarks += _lower_alike([path for path, _ in group], [module for _, module in group], int8)
+    if progress is not None:
+        progress("lower", len(groups), len(groups))
+    order = {path: at for at, (path, _) in enumerate(model.named_modules())}
+    return tuple(sorted(remarks, key=lambda r: order[r.region]))
+
+
+def raise_to_eager(model: nn.Module) -> None:
+    """Take all kernels out again."""
+    for module in model.modules():
+        if isinstance(module, RoutedModule):
+            module.kernel = None
+
+
+def lower_module(module: RoutedModule, *, int8: bool = False) -> Remark:
+    """:func:`lower` for one module by itself."""
+    return _lower_alike([""], [module], int8)[0]
+
+
+def _lower_alike(paths: Sequence[str], modules: Sequence[RoutedModule], int8: bool) -> list[Remark]:
+    """Modules of one kind: what holds for one holds for all."""
+    from sparsify.codegen.cpu.lower import kernels_of
+
+    first = modules[0]
+    for module in modules:
+        module.kernel = None
+    suggestion = None
+    try:
+        if isinstance(first, RoutedLayer):
+            raise Refused("its live tokens are gathered by torch; what is inside is lowered")
+        if next(first.parameters()).device.type != "cpu":
+            raise Refused(f"there are no kernels for {next(first.parameters()).device.type} yet")
+        kernels, text = kernels_of(modules, int8=int8)
+    except Refused as error:
+        kernels, text, suggestion = [], error.reason, error.suggestion
+    except MissingDependency as error:
+        kernels, text, suggestion = [], error.what, error.help
+    for module, kernel in zip(modules, kernels, strict=False):
+        module.kernel = kernel
+    return [
+        Remark(
+            "applied" if kernels else "left",
+            module.pass_name,
+            path,
+            type(module).__name__,
+            text,
+            suggestion,
+        )
+        for path, module in zip(paths, modules, strict=True)
+    ]

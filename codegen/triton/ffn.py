@@ -1,0 +1,265 @@
+"""Routed feed-forward layer, forward: grouped matrix products over pairs sorted by expert.
+
+``h[p] = act(x[t] @ up_e.T, x[t] @ gate_e.T)`` for every pair p = (t, e) (:func:`ffn_hidden`), then
+``y[t] = bias + sum over its pairs of select[t, e] * h[p] @ down_e`` (:func:`ffn_scatter`); the same
+kernel gives the gradient of x. Nothing of the size tokens x experts x neurons is made: h has one row
+of m for every pair that there can be.
+
+Scheduling. ``ffn_hidden`` is persistent: a fixed number of programs walk the tiles, whose number and
+places they read on the device, so the host never waits for the counts.
+
+Sums. A program of ``ffn_scatter`` owns a block of tokens and of outputs, and adds its experts'
+products one after the other, in order, in float32: no atomics (which would add in any order), and
+no buffer of pairs x D to reduce (with 64 fine experts, a quarter live, that is 16 rows of D for
+every token). What it costs: an output is read and written once for every pair, out of L2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsify.codegen.triton import pairs as pairs_module
+from sparsify.codegen.triton.activation import functions
+from sparsify.codegen.triton.host import PROGRAMS, precision
+from sparsify.codegen.triton.pairs import BLOCK
+from sparsify.codegen.triton.spec import KernelSpec
+
+
+@triton.jit
+def expert_tiles(starts, blocks, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
+    """(first pair, last pair, row tiles so far, row tiles) of every expert, each (BLOCK_N,)."""
+    n = tl.arange(0, BLOCK_N)
+    first = tl.load(starts + n, mask=n < N, other=0)
+    last = tl.load(starts + blocks * N + n, mask=n < N, other=0)
+    tiles = (last - first + ROWS - 1) // ROWS
+    return first, last, tl.cumsum(tiles, 0), tiles
+
+
+@triton.jit
+def ffn_hidden(
+    x,  # (T, D), strides xt and xd
+    up,  # (N, M, D)
+    gate,  # (N, M, D) where GATED
+    up_bias,  # (N, M) where BIASED
+    gate_bias,  # (N, M) where GATE_BIASED
+    slot,  # (P,)
+    starts,  # (blocks + 1, N)
+    h,  # (P, M)
+    blocks,
+    xt,
+    xd,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    GATE_BIASED: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Neurons of all pairs."""
+    n = tl.arange(0, BLOCK_N)
+    first, last, upto, tiles = expert_tiles(starts, blocks, N, BLOCK_N, ROWS)
+    columns: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
+    total = tl.sum(tiles, 0) * columns
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        e = tl.sum((upto * columns <= tile).to(tl.int32), 0)
+        mine = n == e
+        rows = tl.sum(tl.where(mine, tiles, 0), 0)
+        local = tile - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
+        # Tiles that share weights are neighbours.
+        p = tl.sum(tl.where(mine, first, 0), 0) + (local % rows) * ROWS + tl.arange(0, ROWS)
+        live = p < tl.sum(tl.where(mine, last, 0), 0)
+        j = (local // rows) * COLUMNS + tl.arange(0, COLUMNS)
+        token = (tl.load(slot + p, mask=live, other=0) // N).to(tl.int64)
+        row = (e * M + j).to(tl.int64)
+        a = tl.zeros((ROWS, COLUMNS), tl.float32)
+        b = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, D, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            left = live[:, None] & (k < D)[None, :]
+            right = (j < M)[None, :] & (k < D)[:, None]
+            tokens = tl.load(x + token[:, None] * xt + k[None, :] * xd, mask=left, other=0.0)
+            ups = tl.load(up + row[None, :] * D + k[:, None], mask=right, other=0.0)
+            a = tl.dot(tokens, ups, a, input_precision=PRECISION)
+            if GATED:
+                gates = tl.load(gate + row[None, :] * D + k[:, None], mask=right, other=0.0)
+                b = tl.dot(tokens, gates, b, input_precision=PRECISION)
+        if BIASED:
+            a += tl.load(up_bias + row, mask=j < M, other=0.0).to(tl.float32)[None, :]
+        if GATE_BIASED:
+            b += tl.load(gate_bias + row, mask=j < M, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            value = ACT(a, b)
+        else:
+            value = ACT(a)
+        out = h + p.to(tl.int64)[:, None] * M + j[None, :]
+        tl.store(out, value.to(h.dtype.element_ty), mask=live[:, None] & (j < M)[None, :])
+
+
+@triton.jit
+def ffn_scatter(
+    one,  # (P, M)
+    first,  # (N, M, D)
+    two,  # (P, M) where BOTH
+    second,  # (N, M, D) where BOTH
+    slot,  # (P,)
+    starts,  # (blocks + 1, N)
+    select,  # (T, N) where WEIGHED
+    bias,  # (D,) where BIASED
+    y,  # (T, D) float32
+    tokens,
+    BOTH: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    BIASED: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums over the pairs of a block of tokens, for a block of outputs."""
+    block = tl.program_id(0)
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    begin = tl.zeros((BLOCK_T, COLUMNS), tl.float32)
+    if BIASED:
+        begin += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    own = y + t.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(own, begin, mask=(t < tokens)[:, None] & (d < D)[None, :])
+    tl.debug_barrier()  # other threads of this program add to what these wrote
+    for e in range(N):
+        stop = tl.load(starts + (block + 1) * N + e)
+        for at in range(tl.load(starts + block * N + e), stop, ROWS):
+            p = at + tl.arange(0, ROWS)
+            live = p < stop
+            place = tl.load(slot + p, mask=live, other=0)
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for begin_k in range(0, M, BLOCK_K):
+                k = begin_k + tl.arange(0, BLOCK_K)
+                left = p.to(tl.int64)[:, None] * M + k[None, :]
+                right = (e * M + k).to(tl.int64)[:, None] * D + d[None, :]
+                rows = live[:, None] & (k < M)[None, :]
+                inside = (k < M)[:, None] & (d < D)[None, :]
+                a = tl.load(one + left, mask=rows, other=0.0)
+                w = tl.load(first + right, mask=inside, other=0.0)
+                total = tl.dot(a, w, total, input_precision=PRECISION)
+                if BOTH:
+                    a = tl.load(two + left, mask=rows, other=0.0)
+                    w = tl.load(second + right, mask=inside, other=0.0)
+                    total = tl.dot(a, w, total, input_precision=PRECISION)
+            if WEIGHED:
+                weight = tl.load(select + place, mask=live, other=0.0).to(tl.float32)
+                total = total * weight[:, None]
+            out = y + (place // N).to(tl.int64)[:, None] * D + d[None, :]
+            inside = live[:, None] & (d < D)[None, :]
+            tl.store(out, tl.load(out, mask=inside, other=0.0) + total, mask=inside)
+            tl.debug_barrier()
+
+
+def tile(size: int, most: int) -> int:
+    """A block size for ``size``: a power of two from 16 (the least of ``tl.dot``) to ``most``."""
+    return int(min(max(triton.next_power_of_2(size), 16), most))
+
+
+def sizes_of(up: Tensor) -> dict[str, Any]:
+    """Constants that all kernels of a layer share."""
+    n, m, d = up.shape
+    return {"N": n, "M": m, "D": d, "PRECISION": precision(up)}
+
+
+def hidden(
+    x: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    slot: Tensor,
+    starts: Tensor,
+    activation: str,
+) -> Tensor:
+    """h (P, m) of all pairs, in the dtype of x; rows past the last pair are not written."""
+    n, m, d = up.shape
+    h = torch.empty((len(slot), m), dtype=x.dtype, device=x.device)
+    rows, columns = tile(len(slot) // n, 64), tile(m, 64)
+    most = (triton.cdiv(len(slot), rows) + n) * triton.cdiv(m, columns)
+    ffn_hidden[(min(most, PROGRAMS),)](
+        x, up, gate, up_bias, gate_bias, slot, starts, h, len(starts) - 1, x.stride(0), x.stride(1),
+        ACT=functions(activation)[0], GATED=gate is not None, BIASED=up_bias is not None,
+        GATE_BIASED=gate_bias is not None, BLOCK_N=triton.next_power_of_2(n),
+        ROWS=rows, COLUMNS=columns, BLOCK_K=tile(d, 32), **sizes_of(up),
+    )  # fmt: skip
+    return h
+
+
+def scatter(
+    terms: list[tuple[Tensor, Tensor]],
+    slot: Tensor,
+    starts: Tensor,
+    tokens: int,
+    select: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y (T, D) float32: ``bias`` plus, for every pair, the ``left[p] @ right[e]`` of all terms.
+
+    Args:
+        terms: one or two of left (P, m), right (N, m, D).
+        select: (T, N) factors, None = one.
+    """
+    (one, first), (two, second) = terms[0], terms[-1]
+    n, m, d = first.shape
+    y = torch.empty((tokens, d), dtype=torch.float32, device=one.device)
+    rows, columns = tile(min(len(slot) // n, BLOCK), 64), tile(d, 64)
+    ffn_scatter[(len(starts) - 1, triton.cdiv(d, columns))](
+        one, first, two, second, slot, starts, select, bias, y, tokens,
+        BOTH=len(terms) > 1, WEIGHED=select is not None, BIASED=bias is not None, BLOCK_T=BLOCK,
+        ROWS=rows, COLUMNS=columns, BLOCK_K=tile(m, 32), **sizes_of(first),
+    )  # fmt: skip
+    return y
+
+
+# ------------------------------------------------------------------------------ static facts
+
+SILU = (
+    '{"inputs":["up","gate"],"steps":[["up_0","aten.silu.default",{"$tuple":[{"$ref":"gate"}]},'
+    '{"$dict":{}}],["up_1","aten.mul.Tensor",{"$tuple":[{"$ref":"up_0"},{"$ref":"up"}]},'
+    '{"$dict":{}}]],"output":"up_1","wide":false}'
+)
+SHAPE = {"N": 64, "M": 128, "D": 2048, "PRECISION": "tf32"}  # 64 fine experts of a 2048/8192 layer
+SPECS: tuple[KernelSpec, ...] = (
+    *pairs_module.SPECS,
+    KernelSpec(
+        "ffn_hidden",
+        ffn_hidden,
+        dict.fromkeys(("x", "up", "gate"), "*bf16")
+        | {"slot": "*i32", "starts": "*i32", "h": "*bf16"}
+        | {"blocks": "i32", "xt": "i32"},
+        {"up_bias": None, "gate_bias": None, "xd": 1, "ACT": functions(SILU)[0], "GATED": True}
+        | {"BIASED": False, "GATE_BIASED": False, "BLOCK_N": 64, "ROWS": 64, "COLUMNS": 64}
+        | {"BLOCK_K": 32, **SHAPE},
+        aligned=("xt",),
+        gemm=True,
+    ),
+    KernelSpec(
+        "ffn_scatter",
+        ffn_scatter,
+        dict.fromkeys(("one", "first", "two", "second"), "*bf16")
+        | {"slot": "*i32", "starts": "*i32", "select": "*bf16", "bias": "*bf16"}
+        | {"y": "*fp32", "tokens": "i32"},
+        {"BOTH": False, "WEIGHED": True, "BIASED": True, "BLOCK_T": BLOCK, "ROWS": 64}
+        | {"COLUMNS": 64, "BLOCK_K": 32, **SHAPE},
+        gemm=True,
+    ),
+)

@@ -1,0 +1,41 @@
+"""Which Triton kernel runs a routed module, chosen by the module's exact class."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from sparsify.codegen.triton.spec import KernelSpec, registered
+from sparsify.core import Refused
+from sparsify.runtime.spec import RoutedModule
+
+# class -> where it is lowered, and how the names of its kernels begin
+_LOWER = {
+    "RoutedFFN": (
+        "ffn_kernel.lower_ffn",
+        ("count_pairs", "place_pairs", "sort_", "ffn_hidden", "ffn_scatter", "decode_"),
+    ),
+    "RoutedLinear": ("linear.lower", ("linear_", "split_sum")),
+    "RoutedRows": ("blocks.lower", ("group_tokens", "rows_")),
+    "RoutedColumns": ("blocks.lower", ("columns_", "split_sum")),
+    "RoutedAttend": ("attend.lower", ("group_tokens", "attend_")),
+}
+
+
+def kernel_of(module: RoutedModule) -> Any:
+    """The module's kernel; Refused with the reason where it has none.
+
+    Nothing is said about the device: :func:`sparsify.codegen.triton.host.check_tensor` does that.
+    """
+    name = type(module).__name__
+    if name not in _LOWER:
+        raise Refused(f"no Triton kernel for a {name}: it runs eagerly")
+    file, _, function = _LOWER[name][0].rpartition(".")
+    found = importlib.import_module(f"sparsify.codegen.triton.{file}")
+    return getattr(found, function)(module)
+
+
+def specs_of(module: RoutedModule) -> tuple[KernelSpec, ...]:
+    """The kernels that :func:`kernel_of` launches; none for a module of another class."""
+    starts = _LOWER.get(type(module).__name__, ("", ()))[1]
+    return tuple(s for s in registered() if starts and s.name.startswith(starts))

@@ -1,0 +1,315 @@
+"""Speed of a routed model beside the dense one and the ideal, in the regimes it is used in.
+
+*decode*: one token for each of a few sequences, after a context that is in the key/value cache;
+the caches are copied before every timed step, so all steps of a model see the same lengths.
+*prefill*: one sequence at once, without a cache; all logits are computed. Models that do not
+generate run their example at once.
+
+**The ideal** is Amdahl's: what routing leaves (:func:`sparsify.costs.facts`) over what the dense
+model has, everything else as it is. In prefill that is floating-point operations. In decode it is
+bytes: weights once for all sequences of the batch, their caches each. A weight is read where any of
+the sequences uses it; at a budget a and a batch of b, ``1 - (1 - a)^b`` of them are, if tokens
+choose independently (tokens of one text choose more alike: the ideal may then be exceeded).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.bench_table import BenchRow, Regime
+from sparsify.costs import facts
+from sparsify.match import find
+from sparsify.regions import Region
+from sparsify.report import ModelFacts, Report
+from sparsify.runtime.calling import CausalCall
+from sparsify.runtime.counters import counters, reset
+from sparsify.runtime.dial import kept, set_active
+from sparsify.runtime.model import SparseModel
+from sparsify.runtime.spec import RoutedModule
+from sparsify.timing import Rounds, Work, interleaved
+
+DENSE, COMPILED, EAGER, LOWERED = (
+    "dense",
+    "dense, torch.compile",
+    "routed, eager",
+    "routed, lowered",
+)
+_SCORES = "attention scores"  # as sparsify.costs names them
+STEPS = 8  # different tokens that one timed run decodes: a single one may be an odd one
+Progress = Callable[[str, int, int], None]
+Run = Callable[[], Any]
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+@dataclasses.dataclass
+class Bench:
+    """What is to be measured.
+
+    Attributes:
+        sparse: the routed model.
+        dense: dense models by name (``DENSE``, ``COMPILED``), callable as the sparse one; may be
+            empty: the base is then the routed model with everything live.
+        call: (args, kwargs) of models that do not generate; None = the sparse model's example.
+        ids: (many,) token ids to run causal models on.
+        lower: whether to measure the lowered model too.
+    """
+
+    sparse: SparseModel
+    dense: Mapping[str, Any]
+    ids: Tensor
+    call: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+    lower: bool = True
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def rows(
+        self,
+        regimes: Sequence[Regime],
+        budgets: Sequence[float],
+        rounds: int,
+        progress: Progress | None = None,
+    ) -> Iterator[BenchRow]:
+        """All rows, regime after regime; the dials and kernels are as before at the end."""
+        eager = kernels_of(self.sparse)
+        try:
+            with torch.no_grad(), kept(self.sparse):
+                _ = self._regions  # found by running the graph: before kernels are in place
+                lowered = self._lowered(budgets, eager) if self.lower else {}
+                for regime in regimes:
+                    yield from self._regime(regime, budgets, lowered, rounds, progress)
+        finally:
+            put(eager)
+
+    def _regime(
+        self,
+        regime: Regime,
+        budgets: Sequence[float],
+        lowered: Mapping[float, Kernels],
+        rounds: int,
+        progress: Progress | None,
+    ) -> Iterator[BenchRow]:
+        work = {name: _work(self._steps(model, regime)) for name, model in self.dense.items()}
+        settings: dict[str, tuple[str, float]] = {}
+        none: Kernels = dict.fromkeys(kernels_of(self.sparse))
+        steps = self._steps(self.sparse, regime)
+        for name, ways in ((EAGER, dict.fromkeys(budgets, none)), (LOWERED, lowered)):
+            for active, kernels in ways.items():
+                key = f"{name} {active}"
+                settings[key] = (name, active)
+                work[key] = _work(steps, self._turn(active, kernels))
+        tick = None
+        if progress is not None:
+            report = progress
+            tick = lambda done, total: report(regime.name, done, total)  # noqa: E731
+        found = interleaved(work, rounds, progress=tick)
+        live = {key: self._realised(work[key]) for key in settings}
+        yield from self._judged(regime, found, settings, live)
+
+    def _judged(
+        self,
+        regime: Regime,
+        found: Rounds,
+        settings: Mapping[str, tuple[str, float]],
+        live: Mapping[str, float | None],
+    ) -> Iterator[BenchRow]:
+        base = found.best(self.dense) if self.dense else f"{EAGER} {1.0}"
+        tokens = regime.batch * regime.tokens
+        for key in found.seconds:
+            name, active = settings.get(key, (key, None))
+            ideal = None if active is None else self.ideal(regime, active)
+            seconds, speedup = found.time(key), found.speedup(key, base)
+            yield BenchRow(
+                regime.name, tokens, name, active, live.get(key), seconds, speedup, ideal,
+                key == base,
+            )  # fmt: skip
+
+    # -- running
+
+    def _steps(self, model: Any, regime: Regime) -> Steps:
+        if isinstance(self.sparse.call_spec, CausalCall):
+            return Steps(model, regime, self.ids)
+        return Steps(model, regime, self.ids, self.call, self.sparse.example)
+
+    def _turn(self, active: float, kernels: Kernels) -> Run:
+        def turn() -> None:
+            if self.sparse.active:
+                set_active(self.sparse, active, warn=False)
+            put(kernels)
+
+        return turn
+
+    def _realised(self, work: Work) -> float | None:
+        if work.prepare is not None:
+            work.prepare()
+        reset(self.sparse)
+        work.call()
+        seen = [counter for _, counter in counters(self.sparse)]
+        total = sum(counter.units_total for counter in seen)
+        return sum(counter.units_live for counter in seen) / total if total else None
+
+    def _lowered(self, budgets: Sequence[float], eager: Kernels) -> dict[float, Kernels]:
+        """The kernels that codegen chooses at each budget; why some have none goes to the notes."""
+        lower = getattr(self.sparse, "lower", None)
+        if lower is None:
+            self.notes.append("not lowered: this sparsify has no SparseModel.lower")
+            return {}
+        found: dict[float, Kernels] = {}
+        for active in budgets:
+            self._turn(active, eager)()
+            said = reasons(lower())
+            found[active] = kernels_of(self.sparse)
+            count = sum(kernel is not None for kernel in found[active].values())
+            where = f"at {active:.0%} active, {count} routed modules run lowered"
+            self.notes.append(f"{where}; {'; '.join(said)}" if said else where)
+        return found
+
+    # -- the ideal
+
+    def ideal(self, regime: Regime, active: float) -> float:
+        """Dense over routed: bytes of a decoded token, operations of a prefill."""
+        read = 1 - (1 - active) ** regime.batch if regime.decodes else active
+        causal = isinstance(self.sparse.call_spec, CausalCall)
+        context = regime.batch * regime.context if regime.decodes else regime.tokens
+        context = context // 2 if causal and not regime.decodes else context
+        dense, routed = self._facts(1.0, context), self._facts(read, context)
+        report = self.sparse.report
+        if isinstance(report, Report) and not _alike(self._facts(1.0, report.context), report):
+            # all live is not the dense model (copies, shared layers): take what was counted then
+            dense, routed = report.dense, self._facts(read, report.context)
+        if regime.decodes:
+            return dense.bytes_per_token / routed.bytes_per_token
+        return dense.flops_per_token / routed.flops_per_token
+
+    def _facts(self, active: float, context: int) -> ModelFacts:
+        if self.sparse.active:
+            set_active(self.sparse, active, warn=False)
+        found = facts(self.sparse.graph, self._regions, context=max(context, 1))
+        flops, cache = self._unseen
+        return dataclasses.replace(
+            found,
+            flops_per_token=found.flops_per_token + flops * max(context, 1),
+            bytes_per_token=found.bytes_per_token + cache * max(context, 1),
+        )
+
+    @functools.cached_property
+    def _unseen(self) -> tuple[float, float]:
+        """Operations and cache bytes per key of dense attention between routed projections.
+
+        The matcher no longer finds it there; the report counted it.
+        """
+        report, call = self.sparse.report, self.sparse.call_spec
+        if not isinstance(report, Report):
+            return 0.0, 0.0
+        seen = facts(self.sparse.graph, self._regions, context=report.context)
+        dense, left, now = (
+            f.by_kind.get(_SCORES, 0.0) for f in (report.dense, report.sparse, seen)
+        )
+        missing = max(left - now, 0.0)
+        if not missing:
+            return 0.0, 0.0
+        layers = call.layers if isinstance(call, CausalCall) else ()
+        width = sum(heads * (key + value) for heads, key, value in layers)
+        return missing / report.context, missing / dense * width * self.sparse.dtype.itemsize
+
+    @functools.cached_property
+    def _regions(self) -> tuple[Region, ...]:
+        """What was left dense."""
+        return tuple(find(self.sparse.graph, self.sparse.example).regions)
+
+
+def _alike(found: ModelFacts, report: Report) -> bool:
+    """Whether a graph with all live costs what the dense one did."""
+    a, b = found.flops_per_token, report.dense.flops_per_token
+    return abs(a - b) <= 1e-3 * b
+
+
+class Steps:
+    """One model in one regime: what a timed run calls, and the caches that it needs."""
+
+    def __init__(
+        self,
+        model: Any,
+        regime: Regime,
+        ids: Tensor,
+        call: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
+        example: Sequence[Tensor] = (),
+    ) -> None:
+        self.model, self.regime = model, regime
+        self.arguments, self.example = call, example
+        self.count = STEPS if regime.decodes else 1
+        length = regime.context + (self.count if regime.decodes else regime.tokens)
+        self.ids = ids[: regime.batch * length].view(regime.batch, length) if not example else ids
+        self.past: Any = None
+        self.ready: list[Any] = []
+
+    def prepare(self) -> None:
+        """A cache for every step, and one step to wake threads and fetch code."""
+        if not self.regime.decodes:
+            return
+        context = self.ids[:, : self.regime.context]
+        if self.past is None:
+            self.past = self.model(input_ids=context, use_cache=True).past_key_values
+        self.ready = [copy.deepcopy(self.past) for _ in range(self.count + 1)]
+        self._decode(0)
+
+    def run(self) -> None:
+        """All steps."""
+        if self.regime.decodes:
+            for step in range(self.count):
+                self._decode(step)
+        elif not self.example:
+            self.model(input_ids=self.ids, use_cache=False)
+        elif self.arguments is not None:
+            args, kwargs = self.arguments
+            self.model(*args, **kwargs)
+        else:
+            self.model.graph(*self.example)
+
+    def _decode(self, step: int) -> None:
+        at = self.regime.context + step
+        self.model(
+            input_ids=self.ids[:, at : at + 1], past_key_values=self.ready.pop(), use_cache=True
+        )
+
+
+def _work(steps: Steps, turn: Run | None = None) -> Work:
+    def prepare() -> None:
+        if turn is not None:
+            turn()
+        steps.prepare()
+
+    return Work(steps.run, prepare, units=steps.count)
+
+
+# ---------------------------------------------------------------------------- kernels
+
+
+Kernels = dict[RoutedModule, Any]
+
+
+def kernels_of(model: torch.nn.Module) -> Kernels:
+    """The kernel of every routed module; None where eager runs."""
+    return {m: m.kernel for m in model.modules() if isinstance(m, RoutedModule)}
+
+
+def put(kernels: Kernels) -> None:
+    """Put kernels (back) in place."""
+    for module, kernel in kernels.items():
+        module.kernel = kernel
+
+
+def reasons(remarks: Any) -> list[str]:
+    """What ``SparseModel.lower`` says, equal sentences once with their number."""
+    said: dict[str, int] = {}
+    for remark in remarks or ():
+        text = str(getattr(remark, "reason", "") or remark)
+        said[text] = said.get(text, 0) + 1
+    return [f"{text} ({count} times)" if count > 1 else text for text, count in said.items()]
