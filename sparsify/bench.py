@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sparsify.bench_table import BenchRow, Regime
 from sparsify.costs import facts
+from sparsify.errors import BadInput
 from sparsify.match import find
 from sparsify.regions import Region
 from sparsify.report import ModelFacts, Report
@@ -96,6 +97,8 @@ class Bench:
         rounds: int,
         progress: Progress | None,
     ) -> Iterator[BenchRow]:
+        if COMPILED in self.dense:  # past its limit of shapes, dynamo would run eager, silently
+            torch._dynamo.reset()
         work = {name: _work(self._steps(model, regime)) for name, model in self.dense.items()}
         settings: dict[str, tuple[str, float]] = {}
         none: Kernels = dict.fromkeys(kernels_of(self.sparse))
@@ -135,7 +138,9 @@ class Bench:
 
     def _steps(self, model: Any, regime: Regime) -> Steps:
         if isinstance(self.sparse.call_spec, CausalCall):
-            return Steps(model, regime, self.ids)
+            # the context is no shape that compiling is to be spent on
+            plain = self.dense.get(DENSE, model) if model is self.dense.get(COMPILED) else model
+            return Steps(model, regime, self.ids, filler=plain)
         return Steps(model, regime, self.ids, self.call, self.sparse.example)
 
     def _turn(self, active: float, kernels: Kernels) -> Run:
@@ -157,18 +162,20 @@ class Bench:
 
     def _lowered(self, budgets: Sequence[float], eager: Kernels) -> dict[float, Kernels]:
         """The kernels that codegen chooses at each budget; why some have none goes to the notes."""
-        lower = getattr(self.sparse, "lower", None)
-        if lower is None:
-            self.notes.append("not lowered: this sparsify has no SparseModel.lower")
-            return {}
         found: dict[float, Kernels] = {}
+        budgets_of: dict[str, list[str]] = {}
         for active in budgets:
             self._turn(active, eager)()
-            said = reasons(lower())
+            try:
+                said = reasons(self.sparse.lower())
+            except BadInput as error:  # no code generator in this installation
+                self.notes.append(f"not lowered: {error.what}")
+                return {}
             found[active] = kernels_of(self.sparse)
             count = sum(kernel is not None for kernel in found[active].values())
-            where = f"at {active:.0%} active, {count} routed modules run lowered"
-            self.notes.append(f"{where}; {'; '.join(said)}" if said else where)
+            text = "; ".join([f"{count} routed modules run lowered", *said])
+            budgets_of.setdefault(text, []).append(f"{active:.0%}")
+        self.notes += [f"at {', '.join(at)} active, {text}" for text, at in budgets_of.items()]
         return found
 
     # -- the ideal
@@ -232,7 +239,11 @@ def _alike(found: ModelFacts, report: Report) -> bool:
 
 
 class Steps:
-    """One model in one regime: what a timed run calls, and the caches that it needs."""
+    """One model in one regime: what a timed run calls, and the caches that it needs.
+
+    Args:
+        filler: what runs the context; default: ``model``.
+    """
 
     def __init__(
         self,
@@ -241,8 +252,10 @@ class Steps:
         ids: Tensor,
         call: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
         example: Sequence[Tensor] = (),
+        filler: Any = None,
     ) -> None:
         self.model, self.regime = model, regime
+        self.filler = filler or model
         self.arguments, self.example = call, example
         self.count = STEPS if regime.decodes else 1
         length = regime.context + (self.count if regime.decodes else regime.tokens)
@@ -256,7 +269,7 @@ class Steps:
             return
         context = self.ids[:, : self.regime.context]
         if self.past is None:
-            self.past = self.model(input_ids=context, use_cache=True).past_key_values
+            self.past = self.filler(input_ids=context, use_cache=True).past_key_values
         self.ready = [copy.deepcopy(self.past) for _ in range(self.count + 1)]
         self._decode(0)
 

@@ -127,10 +127,14 @@ def _cells(row: BenchRow) -> tuple[str, ...]:
         row.model,
         percent(row.active),
         percent(row.realised),
-        f"{ms.median * 1e3:.2f}",
-        f"{ms.low * 1e3:.2f}-{ms.high * 1e3:.2f}",
+        _ms(ms.median),
+        f"{_ms(ms.low)}-{_ms(ms.high)}",
         f"{row.tokens / ms.median:,.0f}",
         f"{row.speedup.median:.2f}",
         "" if row.ideal is None else f"{row.ideal:.2f}",
         percent(row.of_ideal),
     )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"

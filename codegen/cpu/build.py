@@ -1,18 +1,18 @@
 """Compiles C kernels at first use with the system's compiler, and loads them.
 
-Flags: ``-O3 -march=native`` (vectors of this processor), ``-ffp-contract=fast`` (fused
-multiply-add), ``-fno-math-errno`` and ``-fno-trapping-math`` (nobody reads errno or the exception
-flags, and both keep loops from being vectorised). None of ``-ffast-math``: routed models meet NaN
-and infinity (masked scores are -inf, dead units may hold anything), and sums keep the order that
-the source gives them. ``-fopenmp``: torch's wheel brings a libgomp of the same name (SONAME), so an
-object that is loaded after torch shares torch's OpenMP runtime and threads.
+Flags: ``-O3 -march=native`` (vectors of this processor), ``-ffp-contract=fast`` (fused multiply-
+add), ``-fno-math-errno`` and ``-fno-trapping-math`` (nobody reads errno or the exception flags, and
+both keep loops from being vectorised). None of ``-ffast-math``: routed models meet NaN and infinity
+(masked scores are -inf, dead units may hold anything), and sums keep the order that the source
+gives them. ``-fopenmp``: torch's wheel brings a libgomp of the same name (SONAME), so an object
+that is loaded after torch shares torch's OpenMP runtime and threads.
 
 Why C and the system's compiler, not numba: speed is no reason. On the sum over the 288 live rows of
 a 576 x 576 float32 projection (one thread, weights out of cache, a shared machine on 2026-11-25)
-numba 0.68.1 took 71 to 91 us a call, C 67 to 76 us. But numba adds 208 MB to an installation
-(numba 35, llvmlite 173) and 0.4 s or more to every process that imports it, compiles in 0.5 to
-0.9 s per kernel and process unless its own cache is used (C: 0.3 to 2 s once per machine, then 3 ms),
-brings a thread pool of its own beside torch's, and has neither bfloat16 nor vector types. C needs a
+numba 0.68.1 took 71 to 91 us a call, C 67 to 76 us. But numba adds 208 MB to an installation (numba
+35, llvmlite 173) and 0.4 s or more to every process that imports it, compiles in 0.5 to 0.9 s per
+kernel and process unless its own cache is used (C: 0.3 to 2 s once per machine, then 3 ms), brings
+a thread pool of its own beside torch's, and has neither bfloat16 nor vector types. C needs a
 compiler where the model runs; without one routed modules run eagerly, with a remark.
 """
 

@@ -301,7 +301,7 @@ def attend_join(
 
 
 def _pad(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def _mask_kind(mask: Tensor | None) -> int:
@@ -574,9 +574,10 @@ class AttendKernel:
         module.counter.rows += live
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-        return routed_attend(
+        y: Tensor = routed_attend(
             q, k, v, select, mask, self.scores.scale, module.causal, self.scores.safe
         )
+        return y
 
 
 def lower(module: RoutedAttend) -> AttendKernel:

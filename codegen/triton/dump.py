@@ -63,9 +63,9 @@ def text_of(spec: KernelSpec, *, used_by: str = "") -> str:
     head = [
         f'"""{spec.name}: written by sparsify {__version__} (sparsify compile --emit-triton).',
         "",
-        "This is the source that Triton compiles, for reading and for trying changes; sparsify runs",
-        "its own copy. SIGNATURE, CONSTANTS and LAUNCH are one specialisation, the one whose facts",
-        "the tests hold; at run time sizes are those of the call.",
+        "The source that Triton compiles, for reading and for trying changes; sparsify runs its",
+        "own copy. SIGNATURE, CONSTANTS and LAUNCH are one specialisation, the one whose facts the",
+        "tests hold; at run time sizes are those of the call.",
         *(textwrap.wrap(f"Used by {used_by}.", 99) if used_by else []),
         '"""',
         "",
