@@ -103,7 +103,7 @@ def attend_prefill(
             other=0.0,
         )
         score = tl.dot(query, key, input_precision=PRECISION) * scale
-        seen = (s < stop)[None, :]
+        seen = (s < stop)[None, :] & (at < live)[:, None]
         if CAUSAL:
             seen = seen & (s[None, :] <= t[:, None])
         if MASK > 0:
@@ -113,7 +113,7 @@ def attend_prefill(
                 + h * stride_mh
                 + t[:, None].to(tl.int64) * stride_mt
                 + row[None, :] * stride_ms,
-                mask=seen & (at < live)[:, None],
+                mask=seen,
                 other=0,
             )
             if MASK == 1:
@@ -301,7 +301,7 @@ def attend_join(
 
 
 def _pad(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def _mask_kind(mask: Tensor | None) -> int:
@@ -389,8 +389,8 @@ def routed_attend(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *((0, 0, 0, 0) if mask is None else seen.stride()),
         CAUSAL=causal, MASK=_mask_kind(mask), SAFE=safe, WIDTH=width, VALUE=value,
-        BLOCK_D=_pad(width), BLOCK_V=_pad(value), BLOCK_T=tile, BLOCK_S=64,
-        PRECISION=precision(q), num_warps=4, num_stages=2,
+        BLOCK_D=_pad(width), BLOCK_V=_pad(value), BLOCK_T=tile, BLOCK_S=32,
+        PRECISION=precision(q), num_warps=4 if max(width, value) <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return y
 
@@ -574,9 +574,10 @@ class AttendKernel:
         module.counter.rows += live
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-        return routed_attend(
+        y: Tensor = routed_attend(
             q, k, v, select, mask, self.scores.scale, module.causal, self.scores.safe
         )
+        return y
 
 
 def lower(module: RoutedAttend) -> AttendKernel:
@@ -600,7 +601,7 @@ def _sample(tokens: int, keys: int) -> int:
     return q.numel() + 2 * k.numel() + select.numel() * 4 + q.numel() * 2
 
 
-def _types(*names: str, **special: str) -> dict[str, str]:
+def _types(*names: str) -> dict[str, str]:
     known = {
         "order": "*i32", "count": "*i32", "table": "*i32", "lengths": "*i32", "select": "*fp32",
         "mask": "*i8", "sums": "*fp32", "tops": "*fp32", "scale": "fp32",
@@ -639,16 +640,17 @@ SPECS = (
             "keys",
             *_ALIGNED,
             *_strides("m", "bhts"),
-        ),  # fmt: skip
+        ),
         {
             "CAUSAL": True,
             "MASK": 0,
             "SAFE": True,
             **_WIDTHS,
             "BLOCK_T": 64,
-            "BLOCK_S": 64,
+            "BLOCK_S": 32,
             "PRECISION": "tf32",
-        },  # fmt: skip
+        },
+        num_warps=8,
         aligned=_ALIGNED,
         gemm=True,
         sample=lambda: _sample(32, 512),
@@ -671,16 +673,17 @@ SPECS = (
             "keys",
             *_ALIGNED,
             *_strides("m", "bhts"),
-        ),  # fmt: skip
+        ),
         {
             "CAUSAL": False,
             "MASK": 1,
             "SAFE": True,
             **_WIDTHS,
             "BLOCK_T": 64,
-            "BLOCK_S": 64,
+            "BLOCK_S": 32,
             "PRECISION": "tf32",
-        },  # fmt: skip
+        },
+        num_warps=8,
         aligned=_ALIGNED,
         gemm=True,
     ),
@@ -696,7 +699,7 @@ SPECS = (
             "BLOCK_H": 16,
             "BLOCK_S": 64,
             "PRECISION": "tf32",
-        },  # fmt: skip
+        },
         aligned=tuple(n for n in _ALIGNED if n != "stride_qt"),
         gemm=True,
         sample=lambda: _sample(1, 2048),
@@ -713,7 +716,7 @@ SPECS = (
             "BLOCK_H": 16,
             "BLOCK_S": 64,
             "PRECISION": "tf32",
-        },  # fmt: skip
+        },
         aligned=tuple(n for n in _ALIGNED if n != "stride_qt"),
         gemm=True,
     ),

@@ -503,7 +503,8 @@ class RowsKernel:
             y = torch.cat([mine, rest], 1)
             if places is not None:
                 y = torch.zeros_like(y).index_copy(1, places, y)
-        return y.view(*x.shape[:-1], y.shape[1])
+        result: Tensor = y.view(*x.shape[:-1], y.shape[1])
+        return result
 
 
 class ColumnsKernel:
@@ -522,7 +523,8 @@ class ColumnsKernel:
         module.counter.seen(len(flat), units, live)
         module.counter.rows += live
         y = routed_columns(flat, chosen, module.blocks, module.bias, module.dropped, module.places)
-        return y.view(*z.shape[:-1], outputs)
+        result: Tensor = y.view(*z.shape[:-1], outputs)
+        return result
 
 
 def lower(module: RoutedRows | RoutedColumns) -> RowsKernel | ColumnsKernel:

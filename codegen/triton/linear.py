@@ -337,7 +337,8 @@ class LinearKernel:
         pairs, multiplied = counted.tolist()
         module.counter.seen(len(rows), rows.shape[1], pairs)
         module.counter.rows += multiplied
-        return y.view(*x.shape[:-1], y.shape[1])
+        result: Tensor = y.view(*x.shape[:-1], y.shape[1])
+        return result
 
 
 def lower(module: RoutedLinear) -> LinearKernel:
@@ -401,7 +402,7 @@ SPECS = (
         },
         {"CENTRED": True, "SPLIT": 4, "BLOCK_K": 32, "BLOCK_OUT": 128},
         aligned=("inputs", "outputs"),
-        sample=lambda: _sample(1, 2048, 2048),
+        sample=lambda: _sample(1, 1024, 2048),
     ),
     KernelSpec(
         "linear_live",
@@ -430,7 +431,7 @@ SPECS = (
         num_stages=3,
         aligned=("inputs", "outputs", "stride_x"),
         gemm=True,
-        sample=lambda: _sample(8, 2048, 2048),
+        sample=lambda: _sample(8, 1024, 1024),
     ),
     KernelSpec(
         "split_sum",

@@ -4,8 +4,6 @@ A kernel module ends in ``SPECS``: one :class:`KernelSpec` for each kernel, at t
 that a real model would ask for. :mod:`sparsify.codegen.triton.facts` compiles them for every
 target, :mod:`sparsify.codegen.triton.traffic` counts what they load and store, tests and goldens
 hold both.
-that a real model would ask for. Facts are compiled from them for every target, and what they load
-and store is counted; tests and goldens hold both.
 """
 
 from __future__ import annotations

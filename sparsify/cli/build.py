@@ -75,6 +75,10 @@ def compile(  # noqa: A001  (the verb's name)
         Path | None,
         typer.Option(metavar="DIR", help="Write the graph after every pass to DIR."),
     ] = None,
+    emit_triton: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the Triton kernels that OUT uses on a GPU to DIR."),
+    ] = None,
     dtype: DtypeOption = None,
     seed: SeedOption = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
@@ -94,6 +98,8 @@ def compile(  # noqa: A001  (the verb's name)
     checks.output_folder(output, force=force)
     checks.output_file("--json", json, force=force)
     checks.graph_folder("--emit-graph", emit_graph, force=force)
+    checks.graph_folder("--emit-triton", emit_triton, force=force)
+    checks.triton("--emit-triton", emit_triton)
     checks.model(model)
     with bars(quiet=quiet) as progress:
         from sparsify import api
@@ -113,11 +119,25 @@ def compile(  # noqa: A001  (the verb's name)
         report: Any = sparse.report
         refuse_unchanged(report)
         sparse.save(output, force=force)
+        emitted = None if emit_triton is None else kernels(sparse, emit_triton, force)
     if json is not None:
         show.emit(show.as_json(report.to_dict()), json)
     if str(json) != "-":
         show.report(report)
         print(f"saved {output}")
+        if emitted:
+            print(emitted)
+
+
+def kernels(model: Any, folder: Path, force: bool) -> str:
+    """Write the model's Triton kernels; says what was written, and what has no kernel."""
+    from sparsify.codegen.triton import dump
+
+    files, left = dump.emit(model, folder, force=force)
+    lines = [f"wrote {len(files)} kernels to {folder}"]
+    why = {remark.reason for remark in left}
+    lines += [f"  without: {sum(r.reason == w for r in left)} modules: {w}" for w in sorted(why)]
+    return "\n".join(lines)
 
 
 def inputs(example: Path | None) -> dict[str, Any] | None:

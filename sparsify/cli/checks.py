@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparsify import registry
-from sparsify.errors import BadCheckpoint, BadInput, ModelNotFound, OutputError, did_you_mean
+from sparsify.errors import (
+    BadCheckpoint,
+    BadInput,
+    MissingDependency,
+    ModelNotFound,
+    OutputError,
+    did_you_mean,
+)
 from sparsify.text import StageText, parse
 
 MANIFEST = "sparsify.json"  # what marks a folder as a saved sparse model
@@ -157,6 +165,15 @@ def graph_folder(option: str, path: Path | None, *, force: bool) -> None:
             f"{option} {path} is not empty", help="--force writes into it, beside what is there"
         )
     _writable(path)
+
+
+def triton(option: str, wanted: object) -> None:
+    """Refuse what needs triton where it is not installed."""
+    if wanted is not None and importlib.util.find_spec("triton") is None:
+        raise MissingDependency(
+            f"{option} needs triton, which is not installed",
+            help="pip install 'sparsify-fx[triton]'",
+        )
 
 
 def _writable(path: Path) -> None:
