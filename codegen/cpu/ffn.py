@@ -19,7 +19,6 @@ from sparsify.codegen.cpu.build import load
 from sparsify.codegen.cpu.call import checked, dtype_of, plain, usable
 from sparsify.codegen.cpu.ffn_source import source
 from sparsify.codegen.cpu.linear import quantised
-from sparsify.errors import SparsifyBug
 from sparsify.runtime.dropped import at_budget
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.inside import LiveNeurons
@@ -80,8 +79,9 @@ class FfnKernel:
         for entry in (self.few, self.prefill, self.routes):
             entry.argtypes, entry.restype = (ctypes.c_void_p,), ctypes.c_int64
         self._key: tuple[Any, ...] = ()
-        self._base = Arguments()
+        self._base: Arguments | None = None
         self._kept: list[Tensor] = []  # what the pointers of _base point to
+        self._everything = self._fuses = False
 
     def __deepcopy__(self, memo: Mapping[int, Any]) -> FfnKernel:
         twin = type(self).__new__(type(self))
@@ -93,14 +93,17 @@ class FfnKernel:
         if not plain(x, self.dtype) or not x.numel():
             return None
         router: Router = module._modules["router"]  # type: ignore[assignment]
-        everything = router.all_live
-        rows = x.reshape(-1, x.shape[-1])
-        way = self.choose(len(rows), 1.0 if everything else router.active)
-        if way == "dense":
-            return self._dense(module, x, rows, everything)
-        if way == "prefill" and module._modules.get("inside") is not None:
+        base = self._settled(module, router)
+        if base is None:
             return None
-        return self.run(way, module, x, rows, everything)
+        T = x.numel() // base.D
+        way = self.choose(T, 1.0 if self._everything else router.active)
+        if way == "dense":
+            return self._dense(module, x, x.reshape(T, -1), self._everything)
+        inside = module._modules.get("inside")
+        if way == "prefill" and inside is not None:
+            return None
+        return self._run(way, module, x, T, base)
 
     def _dense(self, module: RoutedFFN, x: Tensor, rows: Tensor, everything: bool) -> Tensor | None:
         """Every expert on every token, where that is faster: dead ones count as zero."""
@@ -111,17 +114,17 @@ class FfnKernel:
         select = router(x, scores).reshape(len(rows), -1)
         return module._masked(rows, select, scores.reshape(len(rows), -1)).view(x.shape)
 
-    def run(
-        self, way: Way, module: RoutedFFN, x: Tensor, rows: Tensor, everything: bool
+    def _run(
+        self, way: Way, module: RoutedFFN, x: Tensor, T: int, base: Arguments
     ) -> Tensor | None:
         """Route and compute; what stands in for dead experts is added."""
         router: Router = module._modules["router"]  # type: ignore[assignment]
-        fused = not everything and _fusable(router)
-        args = self._arguments(module, router, everything)
-        if args is None:
-            return None
-        T, N = len(rows), args.N
-        wide = (rows if self.dtype is torch.float32 else rows.float()).contiguous()
+        everything = self._everything
+        fused = not everything and self._fuses and _fusable(router)
+        args = Arguments.from_buffer_copy(base)
+        N = args.N
+        wide = x if self.dtype is torch.float32 else x.float()
+        wide = wide if wide.is_contiguous() else wide.contiguous()
         scores: Tensor | None = None
         if everything:
             select = wide.new_ones(T * N)
@@ -129,86 +132,94 @@ class FfnKernel:
             given = router.scores(x)
             select, scores = _flat(router(x, given)), _flat(given)
         elif way == "few":
-            scratch = wide.new_empty(T * (N + args.R))
-            select, scores = scratch[: T * N], scratch[T * N :]
+            select = wide.new_empty(T * (N + args.R))  # and the scores behind
+            args.scores = select.data_ptr() + 4 * T * N
         else:
             select, scores = wide.new_empty(T * N), _flat(router.scores(x))
-            self._call(self.routes, args, wide, wide, select, scores)
+            self._call(self.routes, args, T, wide, wide, select, scores)
         if not fused or way == "prefill":
             args.router = None
         y = torch.empty_like(wide)
-        self._call(self.few if way == "few" else self.prefill, args, wide, y, select, scores)
-        module.counter.seen(T, N, args.live)
-        module.counter.rows += args.live
+        self._call(self.few if way == "few" else self.prefill, args, T, wide, y, select, scores)
+        live = args.live
+        counter = module.counter
+        counter.seen(T, N, live)
+        counter.rows += live
         inside = module._modules.get("inside")
         if isinstance(inside, LiveNeurons):
-            inside._seen(T, args.live, args.thin)
+            inside._seen(T, live, args.thin)
             inside.counter.rows += args.thin
-        if way == "prefill" and args.live < T * N and (args.dropped or args.slopes):
+        if way == "prefill" and live < T * N and (args.dropped or args.slopes):
             known = None if scores is None else scores.view(T, -1)
+            y = y.view(T, -1)
             for left, right in module._stand_ins(select.view(T, N) != 0, known):
                 y = torch.addmm(y, left.to(y.dtype), right.to(y.dtype))
-        return y.to(x.dtype).view(x.shape)
+            y = y.view(x.shape)
+        return y if self.dtype is torch.float32 else y.to(self.dtype)
 
-    def compute(self, way: Way, module: RoutedFFN, x: Tensor, select: Tensor) -> Tensor:
+    def compute(self, way: Way, module: RoutedFFN, x: Tensor, select: Tensor) -> Tensor | None:
         """x (T, D), select (T, N) -> the live experts' sum and the bias (T, D); nothing counted."""
-        args = self._arguments(module, module.router, True)
-        if args is None:
-            raise SparsifyBug("a layer's weights are not where its kernel expects them")
+        base = self._settled(module, module.router, everything=True)
+        if base is None:
+            return None
+        args = Arguments.from_buffer_copy(base)
         wide = x.float().contiguous()
         y = torch.empty_like(wide)
         args.router = None
         call = self.few if way == "few" else self.prefill
-        self._call(call, args, wide, y, _flat(select), None)
+        self._call(call, args, len(x), wide, y, _flat(select), None)
         return y.to(x.dtype)
 
     @staticmethod
     def _call(
-        entry: Any, args: Arguments, x: Tensor, y: Tensor, select: Tensor, scores: Tensor | None
+        entry: Any,
+        args: Arguments,
+        T: int,
+        x: Tensor,
+        y: Tensor,
+        select: Tensor,
+        scores: Tensor | None,
     ) -> None:
         args.x, args.y, args.select = x.data_ptr(), y.data_ptr(), select.data_ptr()
-        args.scores = 0 if scores is None else scores.data_ptr()
-        args.T, args.threads = len(x), torch.get_num_threads()
+        if scores is not None:
+            args.scores = scores.data_ptr()
+        args.T, args.threads = T, torch.get_num_threads()
         checked(entry(ctypes.addressof(args)))
 
-    def _arguments(self, module: RoutedFFN, router: Router, everything: bool) -> Arguments | None:
-        """All that does not depend on the call, from the cache while nothing has changed."""
+    def _settled(
+        self, module: RoutedFFN, router: Router, everything: bool | None = None
+    ) -> Arguments | None:
+        """All that does not depend on the call, from the cache while nothing has changed.
+
+        A decoded token passes through here for every layer: looking up the dial's properties anew
+        took longer than the kernel.
+        """
         own, its = module._parameters, router._parameters
-        inside = module.inside
         tensors: list[Tensor | None] = [own.get(n) for n in _OWN]
         tensors += [its["weight"], its["bias"], router._buffers.get("order")]
-        if inside is not None:
-            tensors += [own.get("offset"), inside.scale, inside.centre]
+        inside = module._modules.get("inside")
+        dial: tuple[Any, ...] = (everything, router.active, router.k_exact, router.selector)
+        if isinstance(inside, LiveNeurons):
+            tensors += [own.get("offset"), inside._buffers["scale"], inside._buffers.get("centre")]
+            dial += (inside.setting, id(inside.selector), id(inside._cut))
         key = (
-            everything,
-            router.active,
-            None if inside is None else inside.setting,
-            *[None if t is None else (t.data_ptr(), _version(t)) for t in tensors],
+            dial,
+            id(router._cut) if isinstance(router._cut, Tensor) else router._cut,
+            [None if t is None else (t.data_ptr(), _version(t)) for t in tensors],
         )
         if key != self._key:
+            self._base = None
             packed = [own[n] for n in ("up", "gate", "down") if own.get(n) is not None]
-            if not usable(packed, [self.dtype] * len(packed)):
-                return None
-            self._base, self._kept = self._read(module, router, everything)
-            self._key = key
-        args = Arguments.from_buffer_copy(self._base)
-        selector = router.selector
-        if selector.mean:
-            threshold = router.threshold
-            args.threshold = threshold if isinstance(threshold, float) else 0.0
-            args.keep = -1
-        else:
-            args.keep = int(router.budget)
-        if inside is not None:
-            cut = -1.0 if inside.all_live else inside.threshold
-            if not inside.selector.mean or isinstance(cut, Tensor):
-                return None
-            args.cut = cut
-        return args
+            if usable(packed, [self.dtype] * len(packed)):
+                self._everything = router.all_live if everything is None else everything
+                self._base, self._kept = self._read(module, router)
+            self._fuses = type(router) is Router and router.rule in _FUSED and router.unit_weights
+            if router.selector.mean and isinstance(router.threshold, Tensor):
+                self._fuses = False
+            self._key = key if router._cut is key[1] or isinstance(router._cut, Tensor) else ()
+        return self._base
 
-    def _read(
-        self, module: RoutedFFN, router: Router, everything: bool
-    ) -> tuple[Arguments, list[Tensor]]:
+    def _read(self, module: RoutedFFN, router: Router) -> tuple[Arguments | None, list[Tensor]]:
         args, kept = Arguments(), list[Tensor]()
         args.N, args.m, args.D = module.up.shape
         args.R = router.routed
@@ -232,7 +243,7 @@ class FfnKernel:
         put("router", router.weight)
         put("router_bias", router.bias)
         put("order", router.order, wide=False)
-        if not everything:
+        if not self._everything:
             at, active = module.dropped_at, router.active
             if module.dropped is not None:
                 put("dropped", at_budget(module.dropped, at, active))
@@ -240,9 +251,19 @@ class FfnKernel:
                 put("slopes", at_budget(module.slopes, at, active))
         inside = module.inside
         if inside is not None:
+            cut = -1.0 if inside.all_live else inside.threshold
+            if not inside.selector.mean or isinstance(cut, Tensor):
+                return None, []  # it counts: eager
+            args.cut = cut
             put("centre", inside.centre)
             put("weigh", inside.scale)
             put("offset", module.offset)
+        if router.selector.mean:
+            threshold = router.threshold
+            args.threshold = threshold if isinstance(threshold, float) else 0.0
+            args.keep = -1
+        else:
+            args.keep = int(router.budget)
         return args, kept
 
 
@@ -258,15 +279,11 @@ def _version(tensor: Tensor) -> int:
 
 
 def _fusable(router: Router) -> bool:
-    """Whether the kernel can score and select as the router does."""
+    """Whether scores and selection are the kernel's to make: nobody watches or bends them."""
     return (
-        type(router) is Router
-        and router.rule in _FUSED
-        and router.unit_weights
-        and not router.keep
+        not router.keep
         and router.steer is None
         and router.extra is None
         and router.correction is None
         and not router._forward_hooks
-        and not (router.selector.mean and not isinstance(router.threshold, float))
     )

@@ -33,6 +33,9 @@ def kernels_of(modules: Sequence[RoutedModule], *, int8: bool = False) -> tuple[
     """
     if type(modules[0]) is RoutedFFN:
         layers = [m for m in modules if isinstance(m, RoutedFFN)]
+        inside = layers[0].inside
+        if inside is not None and not inside.selector.mean:
+            raise Refused(f"neurons of experts are selected by threshold, not {inside.rule}")
         try:
             FfnKernel(layers[0], _dense)
         except CannotLower as error:
