@@ -5,8 +5,9 @@ feed-forward layers' experts; half of all linears' inputs; both), at several bud
 lowered, beside three dense models: transformers' own, the captured graph nothing was done to, and
 torch.compile's (with --compile; minutes). The models of one pipeline are timed interleaved
 (sparsify/timing.py), each step on another token of held-out text, caches of the same length. The
-ideal is Amdahl's: the bytes that the dense model reads for a token over those that are left
-(sparsify/bench.py). ``speedup`` is over the *fastest* dense model.
+ideal is Amdahl's: the time of the dense projections, measured in the same rounds, shrinks to the
+share of bytes that is left of them (sparsify/bench.py). ``speedup`` is over the *fastest* dense
+model.
 
 Prints the tables and the verdicts, and writes benchmarks/results/decode.json. ``--quick`` takes a
 tiny model and few rounds. About 15 minutes on two cores.

@@ -5,11 +5,15 @@ the caches are copied before every timed step, so all steps of a model see the s
 *prefill*: one sequence at once, without a cache; all logits are computed. Models that do not
 generate run their example at once.
 
-**The ideal** is Amdahl's: what routing leaves (:func:`sparsify.costs.facts`) over what the dense
-model has, everything else as it is. In prefill that is floating-point operations. In decode it is
-bytes: weights once for all sequences of the batch, their caches each. A weight is read where any of
-the sequences uses it; at a budget a and a batch of b, ``1 - (1 - a)^b`` of them are, if tokens
-choose independently (tokens of one text choose more alike: the ideal may then be exceeded).
+**The ideal** is Amdahl's: of the dense model's time, the part that it spends in the projections
+that were rewritten shrinks to the share that routing leaves of them, the rest stays. That part is
+measured in the same rounds: the dense weights of all routed modules, multiplied one after the
+other (``dense projections``). The share is of bytes in decode, of operations in prefill
+(:func:`sparsify.costs.facts`, routers and stand-ins included), at the budget that the measured
+tokens really used. In a batch of b, a weight is read where any sequence uses it: at a budget a,
+``1 - (1 - a)^b`` of them, if tokens choose independently (tokens of one text choose more alike: the
+ideal may then be exceeded). ``counted`` is the ratio of all bytes (or operations) instead, as if
+nothing but those took time: what a model of long kernels would come near.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from sparsify.timing import Rounds, Work, interleaved
 
 DENSE, COMPILED = "dense", "torch.compile"
 EAGER, LOWERED = "routed, eager", "routed, lowered"
+PART = "dense projections"
 _SCORES = "attention scores"  # as sparsify.costs names them
 STEPS = 8  # different tokens that one timed run decodes: a single one may be an odd one
 Progress = Callable[[str, int, int], None]
@@ -108,6 +113,7 @@ class Bench:
         if progress is not None:
             report = progress
             tick = lambda done, total: report(regime.name, done, total)  # noqa: E731
+        work[PART] = _work_of(self._dense_projections(regime))
         found = interleaved(work, rounds, progress=tick)
         live = {key: self._realised(work[key]) for key in settings}
         yield from self._judged(regime, found, settings, live)
@@ -123,11 +129,15 @@ class Bench:
         tokens = regime.batch * regime.tokens
         for key in found.seconds:
             name, active = settings.get(key, (key, None))
-            ideal = None if active is None else self.ideal(regime, active)
             seconds, speedup = found.time(key), found.speedup(key, base)
+            ideal = counted = None
+            if active is not None:
+                part = min(found.time(PART).median / found.time(base).median, 1.0)
+                ideal, counted = self.ideal(regime, live.get(key) or active, part)
+            note = "the part that routing may shrink" if key == PART else ""
             yield BenchRow(
                 regime.name, tokens, name, active, live.get(key), seconds, speedup, ideal,
-                key == base,
+                key == base, note, counted,
             )  # fmt: skip
 
     # -- running
@@ -176,8 +186,13 @@ class Bench:
 
     # -- the ideal
 
-    def ideal(self, regime: Regime, active: float) -> float:
-        """Dense over routed: bytes of a decoded token, operations of a prefill."""
+    def ideal(self, regime: Regime, active: float, part: float) -> tuple[float, float]:
+        """(Amdahl's speedup, dense over routed by bytes or operations alone).
+
+        Args:
+            part: of the dense model's time, what its routed projections take.
+        """
+        active = min(active, 1.0)
         read = 1 - (1 - active) ** regime.batch if regime.decodes else active
         causal = isinstance(self.sparse.call_spec, CausalCall)
         context = regime.batch * regime.context if regime.decodes else regime.tokens
@@ -188,8 +203,33 @@ class Bench:
             # all live is not the dense model (copies, shared layers): take what was counted then
             dense, routed = report.dense, self._facts(read, report.context)
         if regime.decodes:
-            return dense.bytes_per_token / routed.bytes_per_token
-        return dense.flops_per_token / routed.flops_per_token
+            before, after = dense.bytes_per_token, routed.bytes_per_token
+            routable = sum(w.numel() * w.element_size() for w in self._projections)
+        else:
+            before, after = dense.flops_per_token, routed.flops_per_token
+            routable = sum(2 * w.numel() for w in self._projections)
+        saved = (before - after) / routable if routable else 0.0
+        return 1 / (1 - part * min(saved, 1.0)), before / after
+
+    @functools.cached_property
+    def _projections(self) -> list[Tensor]:
+        """(out, in) dense weights of all routed modules, in the order of the modules."""
+        found = []
+        for module in self.sparse.modules():
+            if isinstance(module, RoutedModule):
+                weights = module.dense_weights().values()
+                found += [w.detach().contiguous() for w in weights if w.dim() == 2]
+        return found
+
+    def _dense_projections(self, regime: Regime) -> Run:
+        tokens = regime.batch * regime.tokens if not regime.own else 1
+        inputs = {w.shape[1]: torch.randn(tokens, w.shape[1]).to(w) for w in self._projections}
+
+        def run() -> None:
+            for weight in self._projections:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+        return run
 
     def _facts(self, active: float, context: int) -> ModelFacts:
         if self.sparse.active:
@@ -287,6 +327,10 @@ class Steps:
         self.model(
             input_ids=self.ids[:, at : at + 1], past_key_values=self.ready.pop(), use_cache=True
         )
+
+
+def _work_of(run: Run) -> Work:
+    return Work(run, lambda: None, units=1)
 
 
 def _work(steps: Steps, turn: Run | None = None) -> Work:

@@ -59,7 +59,8 @@ class BenchRow:
         model: dense, dense compiled, routed eager or routed lowered.
         active: the budget; None for the dense model. realised: share of units that was live.
         speedup: over the base, the median of the ratios within rounds.
-        ideal: the speedup that is possible; None for the dense model.
+        ideal: the speedup that is possible, by Amdahl; None for the dense model.
+        counted: dense over routed bytes (decode) or operations (prefill).
         base: whether the others are compared with this one.
         note: what is to be known about this row.
     """
@@ -74,6 +75,7 @@ class BenchRow:
     ideal: float | None
     base: bool = False
     note: str = ""
+    counted: float | None = None
 
     @property
     def of_ideal(self) -> float | None:

@@ -267,12 +267,12 @@ def test_the_ideal_is_amdahls(sparse: SparseModel) -> None:
     whole = [m.cost(1.0) for m in ffns]
     saved = sum(a.bytes - b.bytes for a, b in zip(whole, half, strict=True))
     wanted = before.bytes_per_token / (before.bytes_per_token - saved)
-    assert bench.ideal(Regime(1, 1, context), 0.5) == pytest.approx(wanted, rel=1e-6)
+    assert bench.ideal(Regime(1, 1, context), 0.5, 1.0)[1] == pytest.approx(wanted, rel=1e-6)
     work = bench._facts(1.0, context // 2).flops_per_token
     saved = sum(a.flops - b.flops for a, b in zip(whole, half, strict=True))
-    ideal = bench.ideal(Regime(1, context), 0.5)
+    ideal = bench.ideal(Regime(1, context), 0.5, 1.0)[1]
     assert ideal == pytest.approx(work / (work - saved), rel=1e-6)
-    ideals = [bench.ideal(Regime(b, 1, context), 0.5) for b in (1, 2, 8)]
+    ideals = [bench.ideal(Regime(b, 1, context), 0.5, 1.0)[1] for b in (1, 2, 8)]
     assert ideals[0] > ideals[1] > ideals[2] >= 0.97  # more sequences read more of the experts
 
 
@@ -282,12 +282,27 @@ def test_attention_between_routed_projections_is_counted(pipeline: str) -> None:
     routed = api.compile("zoo:llama", pipeline, verify="off", context=64)
     bench = Bench(routed, {}, torch.arange(10))
     for regime in (Regime(1, 1, 64), Regime(4, 1, 16), Regime(1, 100)):
-        assert bench.ideal(regime, 1.0) == pytest.approx(1.0, abs=1e-9)
+        for ideal in bench.ideal(regime, 1.0, 0.6):
+            assert ideal == pytest.approx(1.0, abs=1e-6)
     dense = routed.report.dense
     with torch.no_grad():
         found = bench._facts(1.0, 64)
     assert found.flops_per_token == pytest.approx(dense.flops_per_token, rel=1e-3)
     assert found.bytes_per_token == pytest.approx(dense.bytes_per_token, rel=1e-3)
+
+
+def test_amdahl() -> None:
+    """Half of 60 % of the time saved leaves 70 % of it."""
+    routed = api.compile("zoo:llama", "ffn-moe{experts=8 router=top-k}", verify="off")
+    bench = Bench(routed, {}, torch.arange(10))
+    with torch.no_grad():
+        full, _ = bench.ideal(Regime(1, 40), 0.5, 1.0)
+        ideal, _ = bench.ideal(Regime(1, 40), 0.5, 0.6)
+        nothing, _ = bench.ideal(Regime(1, 40), 0.5, 0.0)
+    saved = 1 - 1 / full  # of the projections: half, less the router
+    assert 0.4 < saved < 0.5
+    assert ideal == pytest.approx(1 / (1 - 0.6 * saved))
+    assert nothing == 1.0
 
 
 def test_a_usual_table_fits_a_hundred_columns() -> None:
