@@ -1,8 +1,8 @@
 """attend_join: written by sparsify 0.1.0 (sparsify compile --emit-triton).
 
-This is the source that Triton compiles, for reading and for trying changes; sparsify runs
-its own copy. SIGNATURE, CONSTANTS and LAUNCH are one specialisation, the one whose facts
-the tests hold; at run time sizes are those of the call.
+The source that Triton compiles, for reading and for trying changes; sparsify runs its
+own copy. SIGNATURE, CONSTANTS and LAUNCH are one specialisation, the one whose facts the
+tests hold; at run time sizes are those of the call.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """ffn_hidden: written by sparsify 0.1.0 (sparsify compile --emit-triton).
 
-This is the source that Triton compiles, for reading and for trying changes; sparsify runs
-its own copy. SIGNATURE, CONSTANTS and LAUNCH are one specialisation, the one whose facts
-the tests hold; at run time sizes are those of the call.
+The source that Triton compiles, for reading and for trying changes; sparsify runs its
+own copy. SIGNATURE, CONSTANTS and LAUNCH are one specialisation, the one whose facts the
+tests hold; at run time sizes are those of the call.
 """
 
 import triton
@@ -58,11 +58,11 @@ def ffn_hidden(
     first, last, upto, tiles = expert_tiles(starts, blocks, N, BLOCK_N, ROWS)
     columns: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     total = tl.sum(tiles, 0) * columns
-    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
-        e = tl.sum((upto * columns <= tile).to(tl.int32), 0)
+    for item in range(tl.program_id(0), total, tl.num_programs(0)):
+        e = tl.sum((upto * columns <= item).to(tl.int32), 0)
         mine = n == e
         rows = tl.sum(tl.where(mine, tiles, 0), 0)
-        local = tile - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
+        local = item - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
         # Tiles that share weights are neighbours.
         p = tl.sum(tl.where(mine, first, 0), 0) + (local % rows) * ROWS + tl.arange(0, ROWS)
         live = p < tl.sum(tl.where(mine, last, 0), 0)

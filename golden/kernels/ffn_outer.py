@@ -1,8 +1,8 @@
 """ffn_outer: written by sparsify 0.1.0 (sparsify compile --emit-triton).
 
-This is the source that Triton compiles, for reading and for trying changes; sparsify runs
-its own copy. SIGNATURE, CONSTANTS and LAUNCH are one specialisation, the one whose facts
-the tests hold; at run time sizes are those of the call.
+The source that Triton compiles, for reading and for trying changes; sparsify runs its
+own copy. SIGNATURE, CONSTANTS and LAUNCH are one specialisation, the one whose facts the
+tests hold; at run time sizes are those of the call.
 """
 
 import triton
@@ -51,9 +51,8 @@ def ffn_outer(
     place = (e * M + j).to(tl.int64)
     inside = (j < M)[:, None] & (d < D)[None, :]
     tl.store(out + place[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=inside)
-    if SUMS:
-        if tl.program_id(0) == 0:
-            tl.store(sums + place, alone.to(sums.dtype.element_ty), mask=j < M)
+    if SUMS and tl.program_id(0) == 0:
+        tl.store(sums + place, alone.to(sums.dtype.element_ty), mask=j < M)
 
 
 SIGNATURE = {
