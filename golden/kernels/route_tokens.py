@@ -98,7 +98,7 @@ CONSTANTS = {
     'S': 16,
     'R': 48,
     'D': 2048,
-    'BLOCK_T': 32,
+    'BLOCK_T': 16,
     'BLOCK_R': 64,
     'BLOCK_K': 32,
     'PRECISION': 'tf32',
