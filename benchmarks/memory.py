@@ -47,29 +47,17 @@ def _measured(*what: object) -> float:
 
 def _child(kind: str, width: int, hidden: int, experts: int, tokens: int, active: float) -> float:
     """MB that one prefill needs."""
+    import ffn_backends as backends
     import torch
 
     from sparsify.codegen.cpu.ffn import FfnKernel
-    from sparsify.runtime.ffn import RoutedFFN
-    from sparsify.runtime.program import Program, Ref, Step
-    from sparsify.runtime.router import Router
 
-    silu = Step("s", "aten.silu.default", (Ref("gate"),))
-    product = Step("h", "aten.mul.Tensor", (Ref("s"), Ref("up")))
-    act = Program(("up", "gate"), (silu, product), "h")
-    up, gate, down = (torch.randn(experts, hidden // experts, width) * 0.02 for _ in range(3))
-    router = Router(torch.randn(experts, width) * 0.05, active=active)
-    layer = RoutedFFN(up, gate, down, None, None, None, activation=act, router=router).eval()
-    layer.kernel = FfnKernel(layer, lambda count, share: "prefill")
-    linear = torch.nn.functional.linear
-    flat = [layer.up.flatten(0, 1), layer.gate.flatten(0, 1)]  # type: ignore[union-attr]
-    out = layer.down.flatten(0, 1).t().contiguous()
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        if kind == "routed":
-            return layer(x)
-        return linear(torch.nn.functional.silu(linear(x, flat[1])) * linear(x, flat[0]), out)
-
+    layer = backends.Layer.random(width, hidden)
+    run: backends.Call = backends.natural(layer)
+    if kind == "routed":
+        module = backends.routed(layer, torch.randn(experts, width) * 0.05, active)
+        module.kernel = FfnKernel(module, lambda count, share: "prefill")
+        run = module
     with torch.no_grad():
         run(torch.randn(32, width))  # threads, code pages
         x = torch.randn(tokens, width)

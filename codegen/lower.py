@@ -47,13 +47,6 @@ def lower(
     return tuple(sorted(remarks, key=lambda r: order[r.region]))
 
 
-def raise_to_eager(model: nn.Module) -> None:
-    """Take all kernels out again."""
-    for module in model.modules():
-        if isinstance(module, RoutedModule):
-            module.kernel = None
-
-
 def lower_module(module: RoutedModule, *, int8: bool = False) -> Remark:
     """:func:`lower` for one module by itself."""
     return _lower_alike([""], [module], _device(module), int8)[0]

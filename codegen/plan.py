@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from sparsify.runtime.budget import Budgeted
@@ -10,16 +12,22 @@ from sparsify.runtime.spec import RoutedModule
 Group = list[tuple[str, RoutedModule]]
 
 
-def grouped(model: nn.Module) -> list[Group]:
-    """Routed modules that compute something, by kind: class, sizes, dtypes and device.
+def working(model: nn.Module) -> Iterator[tuple[str, RoutedModule]]:
+    """Routed modules that compute something, with their paths.
 
-    Routers and selections are not listed: the modules that use them fuse them.
+    Routers and selections are left out: the modules that use them fuse them.
     """
-    groups: dict[object, Group] = {}
     for path, module in model.named_modules():
         computes = isinstance(module, RoutedModule) and not isinstance(module, Budgeted)
         if computes and getattr(type(module), "counts", True):
-            groups.setdefault(_kind(module), []).append((path, module))
+            yield path, module
+
+
+def grouped(model: nn.Module) -> list[Group]:
+    """:func:`working` modules by kind: class, sizes, dtypes and device."""
+    groups: dict[object, Group] = {}
+    for path, module in working(model):
+        groups.setdefault(_kind(module), []).append((path, module))
     return list(groups.values())
 
 

@@ -297,9 +297,7 @@ class RoutedFFN(RoutedModule):
         if self.down_bias is not None:
             y = y + self.down_bias
         if pairs < len(x) * self.experts:
-            y = self._modulated(y, select)
-            for left, right in self._stand_ins(mask, scores):
-                y = torch.addmm(y, left.to(y.dtype), right)
+            y = self.stood_in(self._modulated(y, select), mask, scores)
         return y
 
     def _modulated(self, y: Tensor, select: Tensor) -> Tensor:
@@ -324,6 +322,12 @@ class RoutedFFN(RoutedModule):
         self.dropped_at = tuple(sorted(rows))
         self.dropped = as_parameter(torch.stack([rows[a][0] for a in self.dropped_at]))
         self.slopes = as_parameter(torch.stack([rows[a][1] for a in self.dropped_at]))
+
+    def stood_in(self, y: Tensor, live: Tensor, scores: Tensor | None) -> Tensor:
+        """y (T, D) with what stands in for the experts that are not ``live`` (T, N)."""
+        for left, right in self._stand_ins(live, scores):
+            y = torch.addmm(y, left.to(y.dtype), right.to(y.dtype))
+        return y
 
     def _stand_ins(self, live: Tensor, scores: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Products (T, n) @ (n, D) that stand in for dead experts at the router's budget."""

@@ -113,7 +113,7 @@ class Bench:
         if progress is not None:
             report = progress
             tick = lambda done, total: report(regime.name, done, total)  # noqa: E731
-        work[PART] = _work_of(self._dense_projections(regime))
+        work[PART] = Work(self._dense_projections(regime))
         found = interleaved(work, rounds, progress=tick)
         live = {key: self._realised(work[key]) for key in settings}
         yield from self._judged(regime, found, settings, live)
@@ -327,10 +327,6 @@ class Steps:
         self.model(
             input_ids=self.ids[:, at : at + 1], past_key_values=self.ready.pop(), use_cache=True
         )
-
-
-def _work_of(run: Run) -> Work:
-    return Work(run, lambda: None, units=1)
 
 
 def _work(steps: Steps, turn: Run | None = None) -> Work:

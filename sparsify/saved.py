@@ -118,7 +118,7 @@ def generate(
     """Continue ``prompt`` with a saved language model.
 
     Args:
-        lower: put kernels into the model first (:meth:`SparseModel.lower`).
+        lower: put kernels into the model first (:meth:`SparseModel.lower`), unless it has some.
 
     Raises:
         BadInput: the model has no tokenizer or does not generate.
@@ -131,7 +131,7 @@ def generate(
     ids = sparse.tokenizer(prompt, return_tensors="pt")
     if ids["input_ids"].shape[1] == 0:
         raise BadInput("the prompt is empty")
-    if lower:
+    if lower and not any(m.kernel for m in sparse.modules() if isinstance(m, RoutedModule)):
         sparse.lower()
     torch.manual_seed(seed)
     sparse.reset_counters()

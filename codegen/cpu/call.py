@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,18 @@ class Lowered:
         """Drop what was made for one module's tensors."""
 
 
+@functools.lru_cache(maxsize=16)
+def part(file: str) -> str:
+    """The text of one of our C files."""
+    return (_HERE / file).read_text(encoding="utf-8")
+
+
 def source(name: str, dtype: torch.dtype, int8: bool = False) -> str:
     """The C source of ``<name>.c`` for values of ``dtype`` on this machine."""
     lines = [f"#define LANES {machine().lanes}", f"#define {DTYPES[dtype]}"]
     if int8:
         lines.append("#define WEIGHT_INT8")
-    parts = [(_HERE / file).read_text(encoding="utf-8") for file in ("vectors.h", f"{name}.c")]
-    return "\n".join([*lines, *parts])
+    return "\n".join([*lines, part("vectors.h"), part(f"{name}.c")])
 
 
 def function(

@@ -3,29 +3,29 @@
 A few tokens (decoding) go through one C call: score, select, read the live experts' rows, activate,
 add up, stand-ins for the dead. Many tokens are selected by the eager router, then two parallel
 loops compute the neurons of live pairs and the outputs. Between the two, and wherever the dense
-computation is faster, the plan decides (:mod:`sparsify.codegen.plan`).
+computation is faster, what was measured decides (:mod:`sparsify.codegen.cpu.tune`).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparsify.codegen.cpu.build import load
-from sparsify.codegen.cpu.call import checked, dtype_of, plain, usable
+from sparsify.codegen.cpu.build import load, threads
+from sparsify.codegen.cpu.call import Lowered, checked, dtype_of, plain, usable, version
 from sparsify.codegen.cpu.ffn_source import source
 from sparsify.codegen.cpu.linear import quantised
+from sparsify.codegen.routing import fuses, undisturbed
 from sparsify.runtime.dropped import at_budget
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.inside import LiveNeurons
 from sparsify.runtime.router import Router
 
 Way = Literal["few", "prefill", "dense"]
-_FUSED = ("threshold", "top-k")  # rules that the kernel selects by itself
 
 _POINTERS = (
     "x y up gate down up_bias gate_bias down_bias up_scale gate_scale down_scale router "
@@ -49,7 +49,12 @@ class Arguments(ctypes.Structure):
 Choose = Callable[[int, float], Way]
 
 
-class FfnKernel:
+def untuned(tokens: int, active: float) -> Way:
+    """The way before anything was measured."""
+    return "dense"
+
+
+class FfnKernel(Lowered):
     """The kernel of one RoutedFFN.
 
     Args:
@@ -63,7 +68,7 @@ class FfnKernel:
         know.
     """
 
-    def __init__(self, module: RoutedFFN, choose: Choose, *, int8: bool = False) -> None:
+    def __init__(self, module: RoutedFFN, choose: Choose = untuned, *, int8: bool = False) -> None:
         self.choose = choose
         self.int8 = int8
         self.dtype = dtype_of(module.up)
@@ -78,15 +83,13 @@ class FfnKernel:
         self.few, self.prefill, self.routes = library.few, library.prefill, library.routes
         for entry in (self.few, self.prefill, self.routes):
             entry.argtypes, entry.restype = (ctypes.c_void_p,), ctypes.c_int64
+        self._everything = self._fuses = False
+        self.forget()
+
+    def forget(self) -> None:
         self._key: tuple[Any, ...] = ()
         self._base: Arguments | None = None
         self._kept: list[Tensor] = []  # what the pointers of _base point to
-        self._everything = self._fuses = False
-
-    def __deepcopy__(self, memo: Mapping[int, Any]) -> FfnKernel:
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__, _key=(), _kept=[])
-        return twin
 
     def __call__(self, module: RoutedFFN, x: Tensor) -> Tensor | None:
         """x (..., D) -> (..., D), or None where eager has to run."""
@@ -98,17 +101,16 @@ class FfnKernel:
             return None
         T = x.numel() // base.D
         way = self.choose(T, 1.0 if self._everything else router.active)
-        if way == "dense":
-            return self._dense(module, x, x.reshape(T, -1), self._everything)
+        if way == "dense":  # with everything live eager is dense by itself
+            return None if self._everything else self._dense(module, x, x.reshape(T, -1))
         inside = module._modules.get("inside")
         if way == "prefill" and inside is not None:
             return None
         return self._run(way, module, x, T, base)
 
-    def _dense(self, module: RoutedFFN, x: Tensor, rows: Tensor, everything: bool) -> Tensor | None:
+    @staticmethod
+    def _dense(module: RoutedFFN, x: Tensor, rows: Tensor) -> Tensor:
         """Every expert on every token, where that is faster: dead ones count as zero."""
-        if everything:
-            return None  # eager is dense then
         router = module.router
         scores = router.scores(x)
         select = router(x, scores).reshape(len(rows), -1)
@@ -120,7 +122,7 @@ class FfnKernel:
         """Route and compute; what stands in for dead experts is added."""
         router: Router = module._modules["router"]  # type: ignore[assignment]
         everything = self._everything
-        fused = not everything and self._fuses and _fusable(router)
+        fused = not everything and self._fuses and undisturbed(router)
         args = Arguments.from_buffer_copy(base)
         N = args.N
         wide = x if self.dtype is torch.float32 else x.float()
@@ -151,10 +153,7 @@ class FfnKernel:
             inside.counter.rows += args.thin
         if way == "prefill" and live < T * N and (args.dropped or args.slopes):
             known = None if scores is None else scores.view(T, -1)
-            y = y.view(T, -1)
-            for left, right in module._stand_ins(select.view(T, N) != 0, known):
-                y = torch.addmm(y, left.to(y.dtype), right.to(y.dtype))
-            y = y.view(x.shape)
+            y = module.stood_in(y.view(T, -1), select.view(T, N) != 0, known).view(x.shape)
         return y if self.dtype is torch.float32 else y.to(self.dtype)
 
     def compute(self, way: Way, module: RoutedFFN, x: Tensor, select: Tensor) -> Tensor | None:
@@ -183,7 +182,7 @@ class FfnKernel:
         args.x, args.y, args.select = x.data_ptr(), y.data_ptr(), select.data_ptr()
         if scores is not None:
             args.scores = scores.data_ptr()
-        args.T, args.threads = T, torch.get_num_threads()
+        args.T, args.threads = T, threads()
         checked(entry(ctypes.addressof(args)))
 
     def _settled(
@@ -205,7 +204,7 @@ class FfnKernel:
         key = (
             dial,
             id(router._cut) if isinstance(router._cut, Tensor) else router._cut,
-            [None if t is None else (t.data_ptr(), _version(t)) for t in tensors],
+            [None if t is None else (t.data_ptr(), version(t)) for t in tensors],
         )
         if key != self._key:
             self._base = None
@@ -213,9 +212,7 @@ class FfnKernel:
             if usable(packed, [self.dtype] * len(packed)):
                 self._everything = router.all_live if everything is None else everything
                 self._base, self._kept = self._read(module, router)
-            self._fuses = type(router) is Router and router.rule in _FUSED and router.unit_weights
-            if router.selector.mean and isinstance(router.threshold, Tensor):
-                self._fuses = False
+            self._fuses = fuses(router)
             self._key = key if router._cut is key[1] or isinstance(router._cut, Tensor) else ()
         return self._base
 
@@ -272,18 +269,3 @@ _OWN = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias", "dropped", "s
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).float().contiguous()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _fusable(router: Router) -> bool:
-    """Whether scores and selection are the kernel's to make: nobody watches or bends them."""
-    return (
-        not router.keep
-        and router.steer is None
-        and router.extra is None
-        and router.correction is None
-        and not router._forward_hooks
-    )

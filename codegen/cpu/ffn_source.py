@@ -7,11 +7,9 @@ not, so the layers of one model share one kernel.
 
 from __future__ import annotations
 
-import functools
-from importlib import resources
-
 import torch
 
+from sparsify.codegen.cpu.call import DTYPES, part
 from sparsify.codegen.cpu.tiles import TOTALS, dots, outer, spread
 from sparsify.codegen.elementwise import c_source
 from sparsify.codegen.machine import machine
@@ -54,11 +52,6 @@ static inline float tanh_vector(float x) {
 """
 
 
-@functools.lru_cache(maxsize=64)
-def _file(name: str) -> str:
-    return (resources.files("sparsify.codegen.cpu") / name).read_text(encoding="utf-8")
-
-
 def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool = False) -> str:
     """The kernel of one kind of layer; CannotLower where its activation has no scalar code.
 
@@ -66,10 +59,9 @@ def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool
         weights: float32, bfloat16 or int8 (which has scales).
     """
     lanes = machine().lanes
-    kind = {torch.float32: "VALUE_FLOAT32", torch.bfloat16: "VALUE_BFLOAT16"}
     switches = {
         "LANES": lanes,
-        kind.get(weights, "VALUE_FLOAT32"): 1,
+        DTYPES.get(weights, DTYPES[torch.float32]): 1,
         "GATED": int(gated),
         "ROWS": 2 if gated else 4,  # neurons of a tile
         "THIN": int(thin),
@@ -81,5 +73,5 @@ def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool
     tiles = [dots(tokens, 4) for tokens in (1, 2, 3)]
     tiles += [spread(6, 2), spread(12, 1), *(outer(tokens, 2) for tokens in range(1, 7))]
     return "\n".join(
-        [head, _file("vectors.h"), ELEMENTARY, c_source(activation), TOTALS, *tiles, _file("ffn.c")]
+        [head, part("vectors.h"), ELEMENTARY, c_source(activation), TOTALS, *tiles, part("ffn.c")]
     )

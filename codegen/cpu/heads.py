@@ -8,6 +8,8 @@ runs, which groups tokens by unit into matrix products.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,24 +40,30 @@ class RoutedDots(ctypes.Structure):
     ]
 
 
-class RowsKernel(Lowered):
-    """The kernel of one :class:`RoutedRows`; Refused for dtypes that it does not know."""
+class _HeadsKernel(Lowered):
+    """What rows and columns share: a selection from outside, one C call.
 
-    def __init__(self, module: RoutedRows) -> None:
-        self.dtype = dtype_of(module.blocks)
-        self.units, self.size, self.inputs = module.blocks.shape
-        self.others = 0 if module.others is None else len(module.others)
-        self.run = function("dots", "routed_rows", self.dtype, "ppppli")
+    Attributes:
+        inputs, outputs: features; units: of the selection.
+        run: the C function.
+    """
+
+    dtype: torch.dtype
+    units: int
+    inputs: int
+    outputs: int
+    run: Callable[..., int]
+
+    def __init__(self) -> None:
         self._made: Made = UNMADE
 
-    def __call__(self, module: RoutedRows, x: Tensor, select: Tensor) -> Tensor | None:
+    def __call__(self, module: Any, x: Tensor, select: Tensor) -> Tensor | None:
         found = _inputs(x, select, self.dtype, self.inputs, self.units)
         made = self._struct(module)
         if found is None or not made:
             return None
         x, select, tokens = found
-        out = self.units * self.size + self.others
-        y = x.new_empty((*x.shape[:-1], out))
+        y = x.new_empty((*x.shape[:-1], self.outputs))
         pairs = self.run(
             made, x.data_ptr(), select.data_ptr(), y.data_ptr(), tokens, build.threads()
         )
@@ -67,8 +75,23 @@ class RowsKernel(Lowered):
     def forget(self) -> None:
         self._made = UNMADE
 
-    def _struct(self, module: RoutedRows) -> int:
+    def _struct(self, module: Any) -> int:
         """The address of the module's struct; 0 where C cannot read its tensors."""
+        raise NotImplementedError
+
+
+class RowsKernel(_HeadsKernel):
+    """The kernel of one :class:`RoutedRows`; Refused for dtypes that it does not know."""
+
+    def __init__(self, module: RoutedRows) -> None:
+        super().__init__()
+        self.dtype = dtype_of(module.blocks)
+        self.units, self.size, self.inputs = module.blocks.shape
+        self.others = 0 if module.others is None else len(module.others)
+        self.outputs = self.units * self.size + self.others
+        self.run = function("dots", "routed_rows", self.dtype, "ppppli")
+
+    def _struct(self, module: RoutedRows) -> int:
         have = module._parameters  # not through __getattr__
         tensors = (
             have["blocks"], have.get("bias"), have.get("others"), have.get("other_bias"),
@@ -83,35 +106,17 @@ class RowsKernel(Lowered):
         return self._made[1]
 
 
-class ColumnsKernel(Lowered):
+class ColumnsKernel(_HeadsKernel):
     """The kernel of one :class:`RoutedColumns`; Refused for dtypes that it does not know."""
 
     def __init__(self, module: RoutedColumns) -> None:
+        super().__init__()
         self.dtype = dtype_of(module.blocks)
-        self.units, self.size, self.outputs = module.blocks.shape
+        self.units, size, self.outputs = module.blocks.shape
+        self.inputs = self.units * size
         self.run = function("rows", "routed_columns", self.dtype, "ppppli")
-        self._made: Made = UNMADE
-
-    def __call__(self, module: RoutedColumns, z: Tensor, select: Tensor) -> Tensor | None:
-        found = _inputs(z, select, self.dtype, self.units * self.size, self.units)
-        made = self._struct(module)
-        if found is None or not made:
-            return None
-        z, select, tokens = found
-        y = z.new_empty((*z.shape[:-1], self.outputs))
-        pairs = self.run(
-            made, z.data_ptr(), select.data_ptr(), y.data_ptr(), tokens, build.threads()
-        )
-        counter = module.counter
-        counter.seen(tokens, self.units, checked(pairs))
-        counter.rows += pairs
-        return y
-
-    def forget(self) -> None:
-        self._made = UNMADE
 
     def _struct(self, module: RoutedColumns) -> int:
-        """The address of the module's struct; 0 where C cannot read its tensors."""
         have = module._parameters
         tensors = (
             have["blocks"], have.get("bias"), have.get("dropped"), module._buffers["places"],
@@ -122,7 +127,7 @@ class ColumnsKernel(Lowered):
             if usable(tensors, (*[self.dtype] * 3, torch.int64)):
                 struct = Routed(
                     matrix=now[0], bias=now[1], dropped=now[2], places=now[3],
-                    rows=self.units * self.size, out=self.outputs, units=self.units,
+                    rows=self.inputs, out=self.outputs, units=self.units,
                 )  # fmt: skip
                 self._made = (now, ctypes.addressof(struct), struct)
         return self._made[1]

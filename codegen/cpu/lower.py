@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsify.codegen.cpu.attend import AttendKernel
-from sparsify.codegen.cpu.ffn import FfnKernel, Way
+from sparsify.codegen.cpu.ffn import FfnKernel
 from sparsify.codegen.cpu.heads import ColumnsKernel, RowsKernel
 from sparsify.codegen.cpu.linear import LinearKernel
 from sparsify.codegen.cpu.tune import chooser, table_of, told
@@ -37,19 +37,16 @@ def kernels_of(modules: Sequence[RoutedModule], *, int8: bool = False) -> tuple[
         if inside is not None and not inside.selector.mean:
             raise Refused(f"neurons of experts are selected by threshold, not {inside.rule}")
         try:
-            FfnKernel(layers[0], _dense)
+            kernels = [FfnKernel(layer, int8=int8) for layer in layers]
         except CannotLower as error:
             raise Refused(f"the activation cannot be written in C: {error}") from error
-        table = table_of(layers, int8=int8)
+        table = table_of(layers, kernels)
         choose = chooser(table)
-        kernels: list[Kernel] = [FfnKernel(layer, choose, int8=int8) for layer in layers]
-        return kernels, told(table)
+        for kernel in kernels:
+            kernel.choose = choose
+        return [*kernels], told(table)
     text = "C kernel for up to 8 tokens, then eager"
     return [kernel_of(module, int8=int8) for module in modules], text
-
-
-def _dense(tokens: int, active: float) -> Way:
-    return "dense"
 
 
 def kernel_of(module: RoutedModule, *, int8: bool = False) -> Kernel:

@@ -41,21 +41,20 @@ def key_of(module: RoutedFFN, int8: bool = False) -> str:
     return f"ffn-{VERSION}-{sizes}-{gated}{thin}-{dtype}-{threads}t-{machine().key}"
 
 
-def table_of(modules: Sequence[RoutedFFN], *, int8: bool = False) -> Table:
-    """The table of layers of one kind, from the store or measured on these."""
-    key = key_of(modules[0], int8)
+def table_of(modules: Sequence[RoutedFFN], kernels: Sequence[FfnKernel]) -> Table:
+    """The table of layers of one kind, from the store or measured on these with their kernels."""
+    key = key_of(modules[0], kernels[0].int8)
     kept = store().get_json(key)
     if kept is not None:
         return {way: {int(t): (a, b) for t, (a, b) in times.items()} for way, times in kept.items()}
-    table = measure(modules, int8=int8)
+    table = measure(modules, kernels)
     store().put_json(key, table)
     return table
 
 
-def measure(modules: Sequence[RoutedFFN], *, int8: bool = False) -> Table:
+def measure(modules: Sequence[RoutedFFN], kernels: Sequence[FfnKernel]) -> Table:
     """Time every way; ``modules`` take turns, so that their weights come from memory as in use."""
     table: Table = {"few": {}, "prefill": {}, "dense": {}}
-    kernels = [FfnKernel(module, lambda tokens, active: "dense", int8=int8) for module in modules]
     like = modules[0].up
     with torch.no_grad():
         for tokens in TOKENS:

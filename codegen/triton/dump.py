@@ -7,7 +7,6 @@ source with every function that it calls, and the specialisation that its static
 from __future__ import annotations
 
 import inspect
-import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from sparsify import __version__
+from sparsify.codegen.plan import working
 from sparsify.codegen.triton.lower import kernel_of, specs_of
 from sparsify.codegen.triton.spec import KernelSpec
 from sparsify.core import Refused, Remark
 from sparsify.errors import NothingRewritten, OutputError
-from sparsify.runtime.budget import Budgeted
-from sparsify.runtime.spec import RoutedModule
+from sparsify.runtime.files import write_text
 
 
 def _function(value: Any) -> Any:
@@ -87,11 +86,7 @@ def kernels_in(model: nn.Module) -> tuple[dict[str, tuple[KernelSpec, list[str]]
     """Kernels that the model's routed modules use, by name, with the paths; what has none, why."""
     found: dict[str, tuple[KernelSpec, list[str]]] = {}
     left = []
-    for path, module in model.named_modules():
-        if not isinstance(module, RoutedModule) or isinstance(module, Budgeted):
-            continue
-        if not getattr(type(module), "counts", True):
-            continue
+    for path, module in working(model):
         try:
             kernel_of(module)
         except Refused as why:
@@ -126,7 +121,7 @@ def emit(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
-            _write(file, text)
+            write_text(file, text)
     except OSError as error:
         raise OutputError(f"cannot write kernels to {folder}", why=str(error)) from error
     return sorted(texts), left
@@ -135,12 +130,3 @@ def emit(
 def _few(paths: list[str]) -> str:
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(paths[:3]) + more
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -53,14 +53,12 @@ class FFNKernel:
         select = select.reshape(-1, module.experts)
         rows = x.reshape(-1, module.width)
         mask = select != 0
-        keep = module.experts
-        if router.selector.mean or not router.unit_weights:
+        cuts = router.selector.mean
+        keep = module.experts if cuts else router.shared + int(router.budget)
+        if cuts or not router.unit_weights:
             live = int(mask.sum())  # a weight may be zero
         else:
-            keep = router.shared + int(router.budget)
             live = len(rows) * keep
-        if not router.selector.mean:
-            keep = router.shared + int(router.budget)
         module.counter.seen(len(rows), module.experts, live)
         module.counter.rows += live
         parts = (module.up, module.gate, module.down)
@@ -68,8 +66,7 @@ class FFNKernel:
         y: Tensor = routed_ffn(rows, select, *parts, *biases, self.activation, keep)
         if live < len(rows) * module.experts:
             flat = None if scores is None else scores.reshape(len(rows), -1)
-            for left, right in module._stand_ins(mask, flat):
-                y = torch.addmm(y, left.to(y.dtype), right.to(y.dtype))
+            y = module.stood_in(y, mask, flat)
         return y.to(x.dtype).view(x.shape)
 
 

@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.codegen.routing import fuses, undisturbed
 from sparsify.codegen.triton.host import check_tensor, precision, token_tile
 from sparsify.codegen.triton.spec import KernelSpec
 from sparsify.runtime.router import Router
-from sparsify.runtime.rules import TopK
-from sparsify.runtime.rules_cut import Threshold
 
 
 @triton.jit
@@ -131,10 +130,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, order: Any, shared: int, *rest: A
 
 def can_route(router: Router) -> bool:
     """Whether the kernel does what ``router`` does, in inference."""
-    known = type(router) is Router and type(router.selector) in (TopK, Threshold)
-    plain = router.steer is None and not router.keep and not router.training
-    one = known and plain and router.unit_weights and 0 < router.routed <= 256
-    return one and isinstance(router.threshold, float)
+    quiet = fuses(router) and undisturbed(router) and not router.training
+    return quiet and 0 < router.routed <= 256
 
 
 def selection(router: Router, x: Tensor) -> Tensor:

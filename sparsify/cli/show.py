@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import textwrap
@@ -65,11 +64,10 @@ def emit(text: str, target: Path | None) -> None:
     if target is None or str(target) == "-":
         print(text)
         return
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    from sparsify.runtime.files import write_text
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(target)
+        write_text(target, text + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"cannot write {target}", why=error.strerror) from None

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparsify.codegen.cpu import build
 from sparsify.codegen.cpu.attend import AttendKernel, Score
 from sparsify.codegen.lower import lower_module
 from sparsify.core import Refused
 from sparsify.runtime.attend import RoutedAttend
 from sparsify.runtime.program import Program, Ref, Step
 
-
-@pytest.fixture(autouse=True)
-def compiler() -> Iterator[None]:
-    try:
-        build.compiler()
-    except build.NoCompiler as missing:
-        pytest.skip(missing.what)
-    threads = torch.get_num_threads()
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def program(mask: str, safe: bool, scale: float = 0.3) -> Program:

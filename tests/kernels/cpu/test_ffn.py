@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,16 +33,7 @@ EPS = torch.finfo(torch.float32).eps
 SLOPE = 1.2  # of the activations, at most
 
 
-@pytest.fixture(autouse=True)
-def compiler() -> Iterator[None]:
-    try:
-        build.compiler()
-    except build.NoCompiler as missing:
-        pytest.skip(missing.what)
-    threads = torch.get_num_threads()
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def layer(

@@ -12,7 +12,7 @@ import dataclasses
 import io
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,16 +31,7 @@ from sparsify.runtime.spec import RoutedModule
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(autouse=True)
-def compiler() -> Iterator[None]:
-    try:
-        build.compiler()
-    except build.NoCompiler as missing:
-        pytest.skip(missing.what)
-    threads = torch.get_num_threads()
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def projection(
