@@ -3,9 +3,7 @@
  *
  *   few      a handful of tokens: bound by memory. Every thread takes a share of the live neurons,
  *            reads each of its rows once for all tokens, and adds to sums of its own.
- *   prefill  many tokens: bound by arithmetic. First the neurons of all live (token, expert) pairs,
- *            then the outputs, in strips of columns that threads own: no sum is shared, so the
- *            result does not depend on the number of threads.
+ *   prefill  many tokens: prefill.c
  *
  * vectors.h and the tiles (tiles.py) are above this text, and so are GATED, THIN and ACT.
  */
@@ -105,13 +103,20 @@ static void choose(const ffn *a)
 /* live experts in order, with their tokens: first[e] .. first[e + 1] of token */
 static int64_t group(const ffn *a, int64_t *first, int32_t *token)
 {
-    int64_t pairs = 0;
-    for (int64_t e = 0; e < a->N; e++) {
+    int64_t N = a->N, pairs = 0;
+    memset(first, 0, sizeof(int64_t) * (N + 1));
+    for (int64_t t = 0; t < a->T; t++)
+        for (int64_t e = 0; e < N; e++) first[e] += a->select[t * N + e] != 0.0f;
+    for (int64_t e = 0; e < N; e++) {
+        int64_t count = first[e];
         first[e] = pairs;
-        for (int64_t t = 0; t < a->T; t++)
-            if (a->select[t * a->N + e] != 0.0f) token[pairs++] = (int32_t)t;
+        pairs += count;
     }
-    first[a->N] = pairs;
+    for (int64_t t = 0; t < a->T; t++)
+        for (int64_t e = 0; e < N; e++) /* first[e] goes up to where the next expert begins */
+            if (a->select[t * N + e] != 0.0f) token[first[e]++] = (int32_t)t;
+    for (int64_t e = N; e > 0; e--) first[e] = first[e - 1];
+    first[0] = 0;
     return pairs;
 }
 
@@ -230,186 +235,4 @@ int64_t few(ffn *a)
     a->thin = thin;
     free(parts); free(first); free(start); free(token);
     return 0;
-}
-
-/* ---------------------------------------------------------------- many tokens */
-
-#define SIDE (2 * LANES) /* tokens side by side */
-#define DEPTH 1024        /* input features at a time: SIDE tokens of them stay in the first cache */
-#define GROUP 6          /* weight rows of a tile */
-#define PANEL 60         /* neurons of one item of work, at most */
-#define COLUMNS 64        /* of one strip of outputs */
-#define RUN 48           /* neurons whose strip of down stays in the first cache */
-#define AHEAD 16         /* rows of down whose strip is fetched before its turn */
-
-/* select from scores, tokens shared out over the threads */
-int64_t routes(ffn *a)
-{
-    int64_t T = a->T;
-#pragma omp parallel num_threads((int)a->threads)
-    {
-        int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
-        ffn part = *a;
-        part.T = T * (id + 1) / n - T * id / n;
-        part.select += T * id / n * a->N;
-        part.scores += T * id / n * a->R;
-        choose(&part);
-    }
-    return 0;
-}
-
-/* panel (depth, wide): x of n tokens side by side, zeros beside them */
-static void side_by_side(const ffn *a, const int32_t *token, int64_t n, int64_t wide, int64_t k, int64_t depth, float *panel)
-{
-    for (int64_t t0 = 0; t0 < wide; t0 += LANES) {
-        const float *x[LANES];
-        static const float zeros[DEPTH + DEPTH / 2];
-        for (int64_t t = 0; t < LANES; t++) x[t] = t0 + t < n ? a->x + token[t0 + t] * a->D + k : zeros;
-        int64_t j = 0;
-#if LANES == 8
-        for (; j + 8 <= depth; j += 8) {
-            vec r[8], s[8];
-            for (int i = 0; i < 8; i++) r[i] = at(x[i] + j);
-            for (int i = 0; i < 8; i += 2) {
-                s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-                s[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-            }
-            for (int i = 0; i < 8; i += 4)
-                for (int q = 0; q < 2; q++) {
-                    r[i + 2 * q] = __builtin_shufflevector(s[i + q], s[i + q + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-                    r[i + 2 * q + 1] = __builtin_shufflevector(s[i + q], s[i + q + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-                }
-            for (int i = 0; i < 4; i++) {
-                put(panel + (j + i) * wide + t0, __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
-                put(panel + (j + i + 4) * wide + t0, __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
-            }
-        }
-#endif
-        for (; j < depth; j++)
-            for (int64_t t = 0; t < LANES; t++) panel[j * wide + t0 + t] = x[t][j];
-    }
-}
-
-/* sums (rows, wide) of the neurons row .. row + size over depth features from k on */
-static void sums_of(const ffn *a, const float *panel, int64_t wide, int64_t row, int64_t size, int64_t k, int64_t depth, float *sums)
-{
-    int64_t per = GATED ? 2 : 1, step = wide == SIDE ? GROUP : 2 * GROUP;
-    for (int64_t r = 0; r < size * per; r += step) {
-        const weight_t *w[2 * GROUP];
-        for (int64_t i = 0; i < step; i++) { /* past the end: the last row again, not used */
-            int64_t q = r + i < size * per ? r + i : size * per - 1, at = (row + q / per) * a->D + k;
-            w[i] = (GATED && q % 2 == 0 ? a->gate : a->up) + at;
-        }
-        if (wide == SIDE) spread_6x2(panel, w, depth, GROUP / per * a->D, sums + r * wide, k > 0);
-        else spread_12x1(panel, w, depth, 2 * GROUP / per * a->D, sums + r * wide, k > 0);
-    }
-}
-
-/* h (size, SIDE) of the tokens of a panel from its sums, times the experts' weights */
-static void activate(const ffn *a, const float *sums, const float *share, int64_t wide, int64_t row, int64_t size, float *h)
-{
-    for (int64_t j = 0; j < size; j++) {
-        const float *u = sums + (GATED ? 2 * j + 1 : j) * wide, *g = sums + 2 * j * wide;
-        float us = a->up_scale ? a->up_scale[row + j] : 1.0f, gs = a->gate_scale ? a->gate_scale[row + j] : 1.0f;
-        float ub = a->up_bias ? a->up_bias[row + j] : 0.0f, gb = a->gate_bias ? a->gate_bias[row + j] : 0.0f;
-        float ds = a->down_scale ? a->down_scale[row + j] : 1.0f;
-        for (int64_t t = 0; t < wide; t++) {
-            float up = u[t] * us + ub, gate = GATED ? g[t] * gs + gb : 0.0f;
-            (void)gate;
-            h[j * SIDE + t] = ACT(up, gate) * share[t] * ds;
-        }
-    }
-}
-
-/* y of n tokens += h (size, SIDE) times a strip of down */
-static void outputs(float *const *y, const float *h, const float *tile, int64_t size, int64_t n)
-{
-    for (int64_t t = 0, parts = (n + 5) / 6, took; t < n; t += took, parts--) {
-        took = (n - t + parts - 1) / parts;
-        switch (took) {
-        case 6: outer_6(y + t, h + t, SIDE, tile, size); break;
-        case 5: outer_5(y + t, h + t, SIDE, tile, size); break;
-        case 4: outer_4(y + t, h + t, SIDE, tile, size); break;
-        case 3: outer_3(y + t, h + t, SIDE, tile, size); break;
-        case 2: outer_2(y + t, h + t, SIDE, tile, size); break;
-        default: outer_1(y + t, h + t, SIDE, tile, size);
-        }
-    }
-}
-
-int64_t prefill(ffn *a)
-{
-    int64_t T = a->T, N = a->N, m = a->m, D = a->D;
-    int64_t *first = malloc(sizeof(int64_t) * (N + 1)), *panels = malloc(sizeof(int64_t) * (N + 1));
-    int32_t *token = malloc(sizeof(int32_t) * (T * N + 1));
-    if (!first || !panels || !token) { free(first); free(panels); free(token); return -1; }
-    a->live = group(a, first, token);
-    panels[0] = 0; /* of tokens, before each expert */
-    for (int64_t e = 0; e < N; e++) panels[e + 1] = panels[e] + (first[e + 1] - first[e] + SIDE - 1) / SIDE;
-    /* live pairs only, SIDE at a time: at most SIDE - 1 idle ones per expert */
-    float *h = malloc(sizeof(float) * (panels[N] * m * SIDE + 1));
-    int failed = !h;
-    int64_t count = (m + PANEL - 1) / PANEL, most = ((m + count - 1) / count + 2) / 3 * 3;
-    int64_t strips = (D + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel num_threads((int)a->threads)
-    {
-        float *panel = malloc(sizeof(float) * ((DEPTH + DEPTH / 2) * SIDE + (2 * PANEL + 4 * GROUP) * SIDE + RUN * COLUMNS));
-        if (!panel) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp barrier
-        float *sums = panel + (DEPTH + DEPTH / 2) * SIDE, *tile = sums + (2 * PANEL + 4 * GROUP) * SIDE;
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < (failed ? 0 : N * count); item++) {
-            int64_t e = item / count, j0 = item % count * most, size = MIN(most, m - j0), row = e * m + j0;
-            for (int64_t p = first[e]; p < first[e + 1] && size > 0; p += SIDE) {
-                int64_t n = MIN(SIDE, first[e + 1] - p), wide = n > LANES ? SIDE : LANES;
-                float share[SIDE];
-                for (int64_t k = 0, depth; k < D; k += depth) {
-                    depth = D - k <= DEPTH + DEPTH / 2 ? D - k : DEPTH;
-                    side_by_side(a, token + p, n, wide, k, depth, panel);
-                    sums_of(a, panel, wide, row, size, k, depth, sums);
-                }
-                for (int64_t t = 0; t < wide; t++) share[t] = t < n ? a->select[token[p + t] * N + e] : 0.0f;
-                int64_t at = panels[e] + (p - first[e]) / SIDE;
-                activate(a, sums, share, wide, row, size, h + (at * m + j0) * SIDE);
-            }
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t s = 0; s < (failed ? 0 : strips); s++) {
-            int64_t c = s * COLUMNS, wide = MIN(COLUMNS, D - c);
-            for (int64_t t = 0; t < T; t++)
-                for (int64_t k = 0; k < wide; k++) a->y[t * D + c + k] = a->down_bias ? a->down_bias[c + k] : 0.0f;
-            for (int64_t e = 0; e < N; e++)
-                for (int64_t j0 = 0; j0 < m && first[e + 1] > first[e]; j0 += RUN) {
-                    int64_t size = MIN(RUN, m - j0);
-                    for (int64_t j = 0; j < size; j++) { /* strips of SIDE columns, one after the other */
-                        const weight_t *from = a->down + (e * m + j0 + j) * D + c;
-                        int64_t k = 0;
-                        for (; k + LANES <= wide; k += LANES) {
-                            __builtin_prefetch(from + k + AHEAD * D);
-                            put(tile + k / SIDE * (RUN * SIDE) + j * SIDE + k % SIDE, weights(from + k));
-                        }
-                        for (; k < wide; k++) tile[k / SIDE * (RUN * SIDE) + j * SIDE + k % SIDE] = weight(from + k);
-                    }
-                    for (int64_t p = first[e]; p < first[e + 1]; p += SIDE) {
-                        int64_t n = MIN(SIDE, first[e + 1] - p);
-                        const float *mine = h + ((panels[e] + (p - first[e]) / SIDE) * m + j0) * SIDE;
-                        for (int64_t b = 0; b < wide; b += SIDE) {
-                            float *y[SIDE];
-                            const float *part = tile + b * RUN;
-                            for (int64_t t = 0; t < n; t++) y[t] = a->y + token[p + t] * D + c + b;
-                            if (wide - b >= SIDE) { outputs(y, mine, part, size, n); continue; }
-                            for (int64_t j = 0; j < size; j++)
-                                for (int64_t t = 0; t < n; t++)
-                                    for (int64_t k = 0; k < wide - b; k++) y[t][k] += mine[j * SIDE + t] * part[j * SIDE + k];
-                        }
-                    }
-                }
-        }
-        free(panel);
-    }
-    free(first); free(panels); free(token); free(h);
-    return failed ? -1 : 0;
 }

@@ -65,13 +65,25 @@ def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool
         "GATED": int(gated),
         "ROWS": 2 if gated else 4,  # neurons of a tile
         "THIN": int(thin),
+        **_tiling(lanes),
         "ACT(up, gate)": "act(up, gate)" if gated else "act(up)",
     }
     if weights == torch.int8:
         switches["WEIGHT_INT8"] = 1
     head = "\n".join(f"#define {name} {value}" for name, value in switches.items())
     tiles = [dots(tokens, 4) for tokens in (1, 2, 3)]
-    tiles += [spread(6, 2), spread(12, 1), *(outer(tokens, 2) for tokens in range(1, 7))]
-    return "\n".join(
-        [head, part("vectors.h"), ELEMENTARY, c_source(activation), TOTALS, *tiles, part("ffn.c")]
-    )
+    if lanes == 16:  # 32 registers
+        tiles += [spread(8, 2), spread(8, 1), dots(1, 8, packed=True), dots(2, 8, packed=True)]
+    else:
+        tiles += [spread(6, 2), spread(12, 1), dots(1, 12, packed=True)]
+    tiles += [outer(tokens, 2) for tokens in range(1, _tiling(lanes)["OUTER"] + 1)]
+    parts = [head, part("vectors.h"), ELEMENTARY, c_source(activation), TOTALS, *tiles]
+    return "\n".join([*parts, part("ffn.c"), part("prefill.c")])
+
+
+def _tiling(lanes: int) -> dict[str, int]:
+    """Of prefill.c: rows packed at once, tokens of a tile of outputs, and the most tokens of an
+    expert's last vector that are multiplied one by one, since most of that vector would be idle.
+    """
+    rows, tokens, alone = (8, 8, 11) if lanes == 16 else (12, 6, lanes // 2)
+    return {"PACK": rows, "OUTER": tokens, "ALONE": alone, "DEPTH": 640, "PITCH": 656}

@@ -1,0 +1,311 @@
+/* Many tokens: bound by arithmetic. First the neurons of all live (token, expert) pairs, then the
+ * outputs, in strips of columns that threads own: no sum is shared between threads, so the result
+ * does not depend on their number.
+ *
+ * Weights come from memory once: while the tiles multiply what was packed, they fetch what is
+ * packed next into the second cache. Only live pairs are computed: an expert's tokens fill vectors;
+ * the few that would leave most of a vector idle are multiplied one by one (packed_*).
+ */
+#define SIDE (2 * LANES)    /* tokens of a panel; columns of a tile of down */
+#define BATCH 128           /* tokens of an expert at a time; their panels stay in the second cache */
+#define LDO (BATCH + 16)    /* from row to row of their sums: no power of two */
+#define MOST 192            /* weight rows of an item of work, at most */
+#define COLUMNS (4 * SIDE)  /* of a strip of outputs, at most */
+#define RUN 48              /* neurons whose tile of down stays in the first cache */
+
+/* select from scores, tokens shared out over the threads */
+int64_t routes(ffn *a)
+{
+    int64_t T = a->T;
+#pragma omp parallel num_threads((int)a->threads)
+    {
+        int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
+        ffn part = *a;
+        part.T = T * (id + 1) / n - T * id / n;
+        part.select += T * id / n * a->N;
+        part.scores += T * id / n * a->R;
+        choose(&part);
+    }
+    return 0;
+}
+
+static float *floats(int64_t count) /* whole cache lines: vectors must not cross their edges */
+{
+    return aligned_alloc(64, (sizeof(float) * (count > 0 ? count : 1) + 63) / 64 * 64);
+}
+
+/* r (LANES rows of LANES) -> its columns, to + i * step */
+INLINE void transposed(vec *r, float *to, int64_t step)
+{
+#if LANES == 16
+#define LANE4(p, q, i, j, k, l) __builtin_shufflevector(p, q, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, \
+    4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3, 4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3, 4 * l, 4 * l + 1, 4 * l + 2, 4 * l + 3)
+#define BOTH(p, q, i, j) __builtin_shufflevector(p, q, i, j, 16 + i, 16 + j, 4 + i, 4 + j, 20 + i, 20 + j, \
+    8 + i, 8 + j, 24 + i, 24 + j, 12 + i, 12 + j, 28 + i, 28 + j)
+#define MIXED(p, q, o) __builtin_shufflevector(p, q, o, 16 + o, o + 1, 17 + o, 4 + o, 20 + o, 5 + o, 21 + o, \
+    8 + o, 24 + o, 9 + o, 25 + o, 12 + o, 28 + o, 13 + o, 29 + o)
+    vec s[16];
+    for (int i = 0; i < 16; i += 4) { /* in every four rows, fours of columns */
+        vec a = MIXED(r[i], r[i + 1], 0), b = MIXED(r[i], r[i + 1], 2);
+        vec c = MIXED(r[i + 2], r[i + 3], 0), d = MIXED(r[i + 2], r[i + 3], 2);
+        s[i] = BOTH(a, c, 0, 1); s[i + 1] = BOTH(a, c, 2, 3);
+        s[i + 2] = BOTH(b, d, 0, 1); s[i + 3] = BOTH(b, d, 2, 3);
+    }
+    for (int i = 0; i < 4; i++) {
+        vec a = LANE4(s[i], s[i + 4], 0, 1, 4, 5), b = LANE4(s[i + 8], s[i + 12], 0, 1, 4, 5);
+        vec c = LANE4(s[i], s[i + 4], 2, 3, 6, 7), d = LANE4(s[i + 8], s[i + 12], 2, 3, 6, 7);
+        put(to + i * step, LANE4(a, b, 0, 2, 4, 6)); put(to + (i + 4) * step, LANE4(a, b, 1, 3, 5, 7));
+        put(to + (i + 8) * step, LANE4(c, d, 0, 2, 4, 6)); put(to + (i + 12) * step, LANE4(c, d, 1, 3, 5, 7));
+    }
+#elif LANES == 8
+    vec s[8];
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        s[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int q = 0; q < 2; q++) {
+            r[i + 2 * q] = __builtin_shufflevector(s[i + q], s[i + q + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            r[i + 2 * q + 1] = __builtin_shufflevector(s[i + q], s[i + q + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < 4; i++) {
+        put(to + i * step, __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+        put(to + (i + 4) * step, __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+    }
+#else
+    for (int i = 0; i < LANES; i++)
+        for (int t = 0; t < LANES; t++) to[i * step + t] = r[t][i];
+#endif
+}
+
+/* panel (depth, wide): features k .. k + depth of n tokens side by side, zeros beside them */
+static void side_by_side(const ffn *a, const int32_t *token, int64_t n, int64_t wide, int64_t k, int64_t depth, float *panel)
+{
+    for (int64_t t0 = 0; t0 < wide; t0 += LANES) {
+        const float *x[LANES];
+        static const float zeros[DEPTH];
+        for (int64_t t = 0; t < LANES; t++) x[t] = t0 + t < n ? a->x + token[t0 + t] * a->D + k : zeros;
+        int64_t j = 0;
+        for (; j + LANES <= depth; j += LANES) {
+            vec r[LANES];
+            for (int i = 0; i < LANES; i++) r[i] = at(x[i] + j);
+            transposed(r, panel + j * wide + t0, wide);
+        }
+        for (; j < depth; j++)
+            for (int64_t t = 0; t < LANES; t++) panel[j * wide + t0 + t] = x[t][j];
+    }
+}
+
+/* PACK weight rows of an expert from r on (gate and up in turn), features k on; past the last of
+ * `rows`: the last again, not used */
+static void group_of(const ffn *a, int64_t neuron, int64_t r, int64_t rows, int64_t k, const weight_t **w)
+{
+    for (int64_t i = 0; i < PACK; i++) {
+        int64_t q = r + i < rows ? r + i : rows - 1;
+        w[i] = (GATED && q % 2 == 0 ? a->gate : a->up) + (neuron + (GATED ? q / 2 : q)) * a->D + k;
+    }
+}
+
+/* n numbers of PACK rows to the buffer, in float32; fetches `next` meanwhile unless it is NULL */
+static void pack(const weight_t *const *w, const weight_t *const *next, int64_t n, float *to)
+{
+    for (int64_t r = 0; r < PACK; r++, to += PITCH) {
+        int64_t k = 0;
+        for (; k + LANES <= n; k += LANES) {
+            if (next) __builtin_prefetch(next[r] + k, 0, 2);
+            put(to + k, weights(w[r] + k));
+        }
+        for (; k < n; k++) to[k] = weight(w[r] + k);
+    }
+}
+
+/* sums of packed rows and a panel */
+static void tile_of(const float *panel, int64_t wide, const float *w, int64_t n, const weight_t *const *next, float *out, int more)
+{
+#if PACK == 8
+    if (wide == SIDE) spread_8x2(panel, w, n, next, out, LDO, more);
+    else spread_8x1(panel, w, n, next, out, LDO, more);
+#else
+    if (wide != SIDE) { spread_12x1(panel, w, n, next, out, LDO, more); return; }
+    spread_6x2(panel, w, n, next, out, LDO, more);
+    spread_6x2(panel, w + 6 * PITCH, n, next ? next + 6 : NULL, out + 6 * LDO, LDO, more);
+#endif
+}
+
+/* sums of packed rows and n tokens as they lie */
+static void alone(const ffn *a, const int32_t *token, int64_t n, int64_t k, const float *w, int64_t depth, float *out, int more)
+{
+    for (int64_t t = 0, took; t < n; t += took) {
+        float found[2 * PACK];
+        const float *x[2];
+        took = MIN(2, n - t);
+        for (int64_t i = 0; i < took; i++) x[i] = a->x + token[t + i] * a->D + k;
+#if PACK == 8
+        if (took == 2) packed_2x8(x, w, depth, found);
+        else packed_1x8(x, w, depth, found);
+#else
+        for (int64_t i = 0; i < took; i++) packed_1x12(x + i, w, depth, found + i * PACK);
+#endif
+        for (int64_t i = 0; i < took; i++)
+            for (int64_t r = 0; r < PACK; r++)
+                out[r * LDO + t + i] = found[i * PACK + r] + (more ? out[r * LDO + t + i] : 0.0f);
+    }
+}
+
+typedef struct { float *panels, *packed, *sums; } desk; /* a thread's own */
+
+/* h (size, ldh) of the neurons from `neuron` on, for n tokens, times the experts' weights */
+static void hidden(const ffn *a, const desk *d, const int32_t *token, int64_t n, int64_t e, int64_t neuron, int64_t size, float *h, int64_t ldh)
+{
+    int64_t per = GATED ? 2 : 1, rows = size * per, D = a->D;
+    int64_t full = n / LANES, rest = n % LANES;
+    if (rest > ALONE) { full++; rest = 0; }
+    int64_t beside = MIN(n, full * LANES), parts = (D + DEPTH - 1) / DEPTH;
+    int64_t depth = ((D + parts - 1) / parts + LANES - 1) / LANES * LANES;
+    for (int64_t k = 0; k < D; k += depth) {
+        int64_t deep = MIN(depth, D - k);
+        for (int64_t v = 0; v < full; v += 2)
+            side_by_side(a, token + v * LANES, MIN(n - v * LANES, SIDE), v + 1 < full ? SIDE : LANES, k, deep, d->panels + v * LANES * DEPTH);
+        for (int64_t r = 0; r < rows; r += PACK) {
+            const weight_t *w[PACK], *after[PACK], *const *next = after;
+            group_of(a, neuron, r, rows, k, w);
+            if (r + PACK < rows) group_of(a, neuron, r + PACK, rows, k, after);
+            else if (k + depth < D) group_of(a, neuron, 0, rows, k + depth, after);
+            else next = NULL;
+            pack(w, full ? NULL : next, deep, d->packed);
+            float *sums = d->sums + r * LDO;
+            for (int64_t v = 0; v < full; v += 2)
+                tile_of(d->panels + v * LANES * DEPTH, v + 1 < full ? SIDE : LANES, d->packed, deep, v ? NULL : next, sums + v * LANES, k > 0);
+            if (rest) alone(a, token + beside, rest, k, d->packed, deep, sums + beside, k > 0);
+        }
+    }
+    float share[BATCH];
+    for (int64_t t = 0; t < n; t++) share[t] = a->select[token[t] * a->N + e];
+    for (int64_t j = 0; j < size; j++) {
+        const float *u = d->sums + (GATED ? 2 * j + 1 : j) * LDO, *g = d->sums + 2 * j * LDO;
+        int64_t at = neuron + j;
+        float us = a->up_scale ? a->up_scale[at] : 1.0f, gs = a->gate_scale ? a->gate_scale[at] : 1.0f;
+        float ub = a->up_bias ? a->up_bias[at] : 0.0f, gb = a->gate_bias ? a->gate_bias[at] : 0.0f;
+        float ds = a->down_scale ? a->down_scale[at] : 1.0f;
+        for (int64_t t = 0; t < n; t++) {
+            float up = u[t] * us + ub, gate = GATED ? g[t] * gs + gb : 0.0f;
+            (void)gate;
+            h[j * ldh + t] = ACT(up, gate) * share[t] * ds;
+        }
+    }
+}
+
+/* y of n tokens += h (size, ldh) times a tile of down; fetches the next one for the first of them */
+static void outputs(float *const *y, const float *h, int64_t ldh, const float *tile, int64_t size, int64_t n, const weight_t *next, int64_t D)
+{
+    for (int64_t t = 0, parts = (n + OUTER - 1) / OUTER, took; t < n; t += took, parts--, next = NULL) {
+        took = (n - t + parts - 1) / parts;
+        switch (took) {
+#if OUTER == 8
+        case 8: outer_8(y + t, h + t, ldh, tile, size, next, D); break;
+        case 7: outer_7(y + t, h + t, ldh, tile, size, next, D); break;
+#endif
+        case 6: outer_6(y + t, h + t, ldh, tile, size, next, D); break;
+        case 5: outer_5(y + t, h + t, ldh, tile, size, next, D); break;
+        case 4: outer_4(y + t, h + t, ldh, tile, size, next, D); break;
+        case 3: outer_3(y + t, h + t, ldh, tile, size, next, D); break;
+        case 2: outer_2(y + t, h + t, ldh, tile, size, next, D); break;
+        default: outer_1(y + t, h + t, ldh, tile, size, next, D);
+        }
+    }
+}
+
+typedef struct { int64_t e, count, ldh; float *h; } live; /* an expert: its tokens, h (m, ldh) */
+
+/* columns c .. c + wide of y; strip (T, pitch) and tile are the thread's own */
+static void columns(const ffn *a, const live *of, int64_t lives, const int64_t *first, const int32_t *token, int64_t c, int64_t wide, float *strip, float *tile)
+{
+    int64_t D = a->D, T = a->T, m = a->m, pitch = (wide + SIDE - 1) / SIDE * SIDE;
+    memset(tile, 0, sizeof(float) * RUN * pitch);
+    memset(strip, 0, sizeof(float) * T * pitch);
+    if (a->down_bias)
+        for (int64_t t = 0; t < T; t++) memcpy(strip + t * pitch, a->down_bias + c, sizeof(float) * wide);
+    for (int64_t i = 0; i < lives; i++) {
+        int64_t e = of[i].e, n = of[i].count;
+        for (int64_t j0 = 0; j0 < m; j0 += RUN) {
+            int64_t size = MIN(RUN, m - j0);
+            const weight_t *from = a->down + (e * m + j0) * D + c, *next = NULL;
+            if (j0 + RUN < m) next = from + RUN * D;
+            else if (i + 1 < lives) next = a->down + of[i + 1].e * m * D + c;
+            for (int64_t j = 0; j < size; j++, from += D) { /* SIDE columns of all neurons, then the next */
+                int64_t k = 0;
+                for (; k + LANES <= wide; k += LANES) put(tile + k / SIDE * (RUN * SIDE) + j * SIDE + k % SIDE, weights(from + k));
+                for (; k < wide; k++) tile[k / SIDE * (RUN * SIDE) + j * SIDE + k % SIDE] = weight(from + k);
+            }
+            for (int64_t b = 0; b < pitch; b += SIDE)
+                for (int64_t p = 0; p < n; p += BATCH) {
+                    int64_t some = MIN(BATCH, n - p);
+                    float *y[BATCH];
+                    for (int64_t t = 0; t < some; t++) y[t] = strip + token[first[e] + p + t] * pitch + b;
+                    outputs(y, of[i].h + j0 * of[i].ldh + p, of[i].ldh, tile + b * RUN, size, some, p || !next ? NULL : next + b, D);
+                }
+        }
+    }
+    for (int64_t t = 0; t < T; t++) memcpy(a->y + t * D + c, strip + t * pitch, sizeof(float) * wide);
+}
+
+int64_t prefill(ffn *a)
+{
+    int64_t T = a->T, N = a->N, m = a->m, D = a->D, lives = 0, room = 0;
+    int64_t *first = malloc(sizeof(int64_t) * (N + 1));
+    int32_t *token = malloc(sizeof(int32_t) * (T * N + 1));
+    live *of = malloc(sizeof(live) * N);
+    float *h = NULL;
+    int failed = !first || !token || !of;
+    if (!failed) {
+        a->live = group(a, first, token);
+        for (int64_t e = 0; e < N; e++) { /* those with most tokens first: the last items are small */
+            int64_t count = first[e + 1] - first[e], i = lives;
+            if (!count) continue;
+            for (; i > 0 && of[i - 1].count < count; i--) of[i] = of[i - 1];
+            of[i] = (live){e, count, 0, NULL};
+            lives++;
+        }
+        for (int64_t i = 0; i < lives; i++) {
+            int64_t ldh = (of[i].count + 15) / 16 * 16;
+            of[i].ldh = ldh % 64 ? ldh : ldh + 16; /* no power of two */
+            room += of[i].ldh * m;
+        }
+        h = floats(room);
+        failed = !h;
+        room = 0;
+        for (int64_t i = 0; i < lives && !failed; i++) {
+            of[i].h = h + room;
+            room += of[i].ldh * m;
+        }
+    }
+    int64_t per = GATED ? 2 : 1, threads = a->threads > 0 ? a->threads : 1;
+    int64_t chunks = (m * per + MOST - 1) / MOST, each = (m + chunks - 1) / chunks;
+    int64_t strips = threads * ((D + threads * COLUMNS - 1) / (threads * COLUMNS));
+    int64_t wide = ((D + strips - 1) / strips + SIDE - 1) / SIDE * SIDE;
+    int64_t own = MAX(BATCH * DEPTH + PACK * PITCH + (MOST + 2 * PACK) * LDO, T * wide + RUN * wide);
+    strips = (D + wide - 1) / wide;
+#pragma omp parallel num_threads((int)threads)
+    {
+        float *mine = failed ? NULL : floats(own);
+        if (!mine) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp barrier
+        desk d = {mine, mine + BATCH * DEPTH, mine + BATCH * DEPTH + PACK * PITCH};
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < (failed ? 0 : lives * chunks); item++) {
+            const live *o = of + item / chunks;
+            int64_t j0 = item % chunks * each, size = MIN(each, m - j0);
+            for (int64_t p = 0; p < o->count && size > 0; p += BATCH)
+                hidden(a, &d, token + first[o->e] + p, MIN(BATCH, o->count - p), o->e, o->e * m + j0, size, o->h + j0 * o->ldh + p, o->ldh);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t s = 0; s < (failed ? 0 : strips); s++)
+            columns(a, of, lives, first, token, s * wide, MIN(wide, D - s * wide), mine, mine + T * wide);
+        free(mine);
+    }
+    free(first); free(token); free(of); free(h);
+    return failed ? -1 : 0;
+}
