@@ -86,4 +86,4 @@ def _tiling(lanes: int) -> dict[str, int]:
     expert's last vector that are multiplied one by one, since most of that vector would be idle.
     """
     rows, tokens, alone = (8, 8, 11) if lanes == 16 else (12, 6, lanes // 2)
-    return {"PACK": rows, "OUTER": tokens, "ALONE": alone, "DEPTH": 640, "PITCH": 656}
+    return {"PACK": rows, "OUTER": tokens, "ALONE": alone, "DEPTH": 512, "PITCH": 528}

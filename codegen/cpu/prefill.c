@@ -7,11 +7,19 @@
  * the few that would leave most of a vector idle are multiplied one by one (packed_*).
  */
 #define SIDE (2 * LANES)    /* tokens of a panel; columns of a tile of down */
-#define BATCH 128           /* tokens of an expert at a time; their panels stay in the second cache */
+#define BATCH 128           /* tokens of an expert at a time */
+#define PANELS 98304        /* floats of their panels, which stay in the second cache */
 #define LDO (BATCH + 16)    /* from row to row of their sums: no power of two */
+#define WIDE 8              /* a block of hidden numbers: (neurons, WIDE), of at most OUTER tokens */
+#define BLOCKS(n) (((n) + OUTER - 1) / OUTER)
 #define MOST 192            /* weight rows of an item of work, at most */
+#if defined(WEIGHT_INT8) || defined(VALUE_BFLOAT16)
+#define PACKED 1 /* rows are widened once, not once per token */
+#else
+#define PACKED 0 /* tiles read them as they lie */
+#endif
 #define COLUMNS (4 * SIDE)  /* of a strip of outputs, at most */
-#define RUN 48              /* neurons whose tile of down stays in the first cache */
+#define RUN 128             /* neurons of a tile of down: half of the first cache */
 
 /* select from scores, tokens shared out over the threads */
 int64_t routes(ffn *a)
@@ -29,9 +37,31 @@ int64_t routes(ffn *a)
     return 0;
 }
 
-static float *floats(int64_t count) /* whole cache lines: vectors must not cross their edges */
+/* Room for floats, in whole cache lines: vectors must not cross their edges. One of a size is kept
+ * for the next call: the system would take its pages back, and give new ones one by one. */
+typedef struct { size_t bytes; } room;
+#define KEPT ((size_t)32 << 20)
+static room *kept[16];
+
+static float *take(int64_t place, int64_t count)
 {
-    return aligned_alloc(64, (sizeof(float) * (count > 0 ? count : 1) + 63) / 64 * 64);
+    size_t bytes = (sizeof(float) * (count > 0 ? count : 1) + 127) / 64 * 64;
+    room *found = __atomic_exchange_n(&kept[place % 16], NULL, __ATOMIC_ACQ_REL);
+    if (found && found->bytes < bytes) { free(found); found = NULL; }
+    if (!found) {
+        found = aligned_alloc(64, bytes);
+        if (!found) return NULL;
+        found->bytes = bytes;
+    }
+    return (float *)found + 16;
+}
+
+static void give_back(int64_t place, float *p)
+{
+    if (!p) return;
+    room *mine = (room *)(p - 16), *none = NULL;
+    if (mine->bytes > KEPT || !__atomic_compare_exchange_n(&kept[place % 16], &none, mine, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        free(mine);
 }
 
 /* r (LANES rows of LANES) -> its columns, to + i * step */
@@ -83,7 +113,7 @@ static void side_by_side(const ffn *a, const int32_t *token, int64_t n, int64_t 
 {
     for (int64_t t0 = 0; t0 < wide; t0 += LANES) {
         const float *x[LANES];
-        static const float zeros[DEPTH];
+        static const float zeros[PANELS / LANES];
         for (int64_t t = 0; t < LANES; t++) x[t] = t0 + t < n ? a->x + token[t0 + t] * a->D + k : zeros;
         int64_t j = 0;
         for (; j + LANES <= depth; j += LANES) {
@@ -120,7 +150,7 @@ static void pack(const weight_t *const *w, const weight_t *const *next, int64_t 
 }
 
 /* sums of packed rows and a panel */
-static void tile_of(const float *panel, int64_t wide, const float *w, int64_t n, const weight_t *const *next, float *out, int more)
+static void tile_of(const float *panel, int64_t wide, const float *const *w, int64_t n, const weight_t *const *next, float *out, int more)
 {
 #if PACK == 8
     if (wide == SIDE) spread_8x2(panel, w, n, next, out, LDO, more);
@@ -128,12 +158,12 @@ static void tile_of(const float *panel, int64_t wide, const float *w, int64_t n,
 #else
     if (wide != SIDE) { spread_12x1(panel, w, n, next, out, LDO, more); return; }
     spread_6x2(panel, w, n, next, out, LDO, more);
-    spread_6x2(panel, w + 6 * PITCH, n, next ? next + 6 : NULL, out + 6 * LDO, LDO, more);
+    spread_6x2(panel, w + 6, n, next ? next + 6 : NULL, out + 6 * LDO, LDO, more);
 #endif
 }
 
 /* sums of packed rows and n tokens as they lie */
-static void alone(const ffn *a, const int32_t *token, int64_t n, int64_t k, const float *w, int64_t depth, float *out, int more)
+static void alone(const ffn *a, const int32_t *token, int64_t n, int64_t k, const float *const *w, int64_t depth, float *out, int more)
 {
     for (int64_t t = 0, took; t < n; t += took) {
         float found[2 * PACK];
@@ -154,68 +184,81 @@ static void alone(const ffn *a, const int32_t *token, int64_t n, int64_t k, cons
 
 typedef struct { float *panels, *packed, *sums; } desk; /* a thread's own */
 
-/* h (size, ldh) of the neurons from `neuron` on, for n tokens, times the experts' weights */
-static void hidden(const ffn *a, const desk *d, const int32_t *token, int64_t n, int64_t e, int64_t neuron, int64_t size, float *h, int64_t ldh)
+/* blocks of hidden numbers, WIDE * m apart, of the neurons from `neuron` on, for n tokens, times
+ * the expert's weights */
+static void hidden(const ffn *a, const desk *d, const int32_t *token, int64_t n, int64_t e, int64_t neuron, int64_t size, float *h)
 {
     int64_t per = GATED ? 2 : 1, rows = size * per, D = a->D;
     int64_t full = n / LANES, rest = n % LANES;
     if (rest > ALONE) { full++; rest = 0; }
-    int64_t beside = MIN(n, full * LANES), parts = (D + DEPTH - 1) / DEPTH;
+    int64_t most = MIN(D, PANELS / (full > 0 ? full * LANES : 1));
+    int64_t beside = MIN(n, full * LANES), parts = (D + most - 1) / most;
     int64_t depth = ((D + parts - 1) / parts + LANES - 1) / LANES * LANES;
     for (int64_t k = 0; k < D; k += depth) {
         int64_t deep = MIN(depth, D - k);
         for (int64_t v = 0; v < full; v += 2)
-            side_by_side(a, token + v * LANES, MIN(n - v * LANES, SIDE), v + 1 < full ? SIDE : LANES, k, deep, d->panels + v * LANES * DEPTH);
+            side_by_side(a, token + v * LANES, MIN(n - v * LANES, SIDE), v + 1 < full ? SIDE : LANES, k, deep, d->panels + v * LANES * depth);
         for (int64_t r = 0; r < rows; r += PACK) {
-            const weight_t *w[PACK], *after[PACK], *const *next = after;
+            const weight_t *w[PACK], *after[PACK] = {NULL}, *const *next = after;
             group_of(a, neuron, r, rows, k, w);
             if (r + PACK < rows) group_of(a, neuron, r + PACK, rows, k, after);
             else if (k + depth < D) group_of(a, neuron, 0, rows, k + depth, after);
             else next = NULL;
-            pack(w, full ? NULL : next, deep, d->packed);
             float *sums = d->sums + r * LDO;
-            for (int64_t v = 0; v < full; v += 2)
-                tile_of(d->panels + v * LANES * DEPTH, v + 1 < full ? SIDE : LANES, d->packed, deep, v ? NULL : next, sums + v * LANES, k > 0);
-            if (rest) alone(a, token + beside, rest, k, d->packed, deep, sums + beside, k > 0);
+            const float *flat[PACK];
+            for (int64_t q = 0, n_q; q < deep; q += n_q) { /* what is packed stays in the first cache */
+                n_q = PACKED ? MIN(DEPTH, deep - q) : deep;
+                int more = k + q > 0;
+                if (PACKED) pack(w, full ? NULL : next, n_q, d->packed);
+                for (int64_t i = 0; i < PACK; i++) flat[i] = PACKED ? d->packed + i * PITCH : (const float *)w[i];
+                for (int64_t v = 0; v < full; v += 2) {
+                    int64_t wide = v + 1 < full ? SIDE : LANES;
+                    tile_of(d->panels + v * LANES * depth + q * wide, wide, flat, n_q, v ? NULL : next, sums + v * LANES, more);
+                }
+                if (rest) alone(a, token + beside, rest, k + q, flat, n_q, sums + beside, more);
+                for (int64_t i = 0; i < PACK; i++) { w[i] += n_q; after[i] += n_q; }
+            }
         }
     }
-    float share[BATCH];
+    float share[BATCH] = {0}, row[BATCH + WIDE];
+    int64_t blocks = BLOCKS(n), start[BLOCKS(BATCH)];
     for (int64_t t = 0; t < n; t++) share[t] = a->select[token[t] * a->N + e];
+    for (int64_t b = 0; b < blocks; b++) start[b] = n * b / blocks;
     for (int64_t j = 0; j < size; j++) {
         const float *u = d->sums + (GATED ? 2 * j + 1 : j) * LDO, *g = d->sums + 2 * j * LDO;
         int64_t at = neuron + j;
         float us = a->up_scale ? a->up_scale[at] : 1.0f, gs = a->gate_scale ? a->gate_scale[at] : 1.0f;
         float ub = a->up_bias ? a->up_bias[at] : 0.0f, gb = a->gate_bias ? a->gate_bias[at] : 0.0f;
         float ds = a->down_scale ? a->down_scale[at] : 1.0f;
-        for (int64_t t = 0; t < n; t++) {
-            float up = u[t] * us + ub, gate = GATED ? g[t] * gs + gb : 0.0f;
-            (void)gate;
-            h[j * ldh + t] = ACT(up, gate) * share[t] * ds;
-        }
+        for (int64_t t = 0; t < n; t += LANES) /* whole vectors: past the last token lies anything */
+            for (int64_t i = t; i < t + LANES; i++) {
+                float up = u[i] * us + ub, gate = GATED ? g[i] * gs + gb : 0.0f;
+                (void)gate;
+                row[i] = ACT(up, gate) * share[i] * ds;
+            }
+        for (int64_t b = 0; b < blocks; b++) /* what is past a block's tokens is not used */
+            memcpy(h + (b * a->m + j) * WIDE, row + start[b], sizeof(float) * WIDE);
     }
 }
 
-/* y of n tokens += h (size, ldh) times a tile of down; fetches the next one for the first of them */
-static void outputs(float *const *y, const float *h, int64_t ldh, const float *tile, int64_t size, int64_t n, const weight_t *next, int64_t D)
+/* y of n <= OUTER tokens += h (size, WIDE) times a tile of down; fetches the next one unless NULL */
+static void outputs(float *const *y, const float *h, const float *tile, int64_t size, int64_t n, const weight_t *next, int64_t D)
 {
-    for (int64_t t = 0, parts = (n + OUTER - 1) / OUTER, took; t < n; t += took, parts--, next = NULL) {
-        took = (n - t + parts - 1) / parts;
-        switch (took) {
+    switch (n) {
 #if OUTER == 8
-        case 8: outer_8(y + t, h + t, ldh, tile, size, next, D); break;
-        case 7: outer_7(y + t, h + t, ldh, tile, size, next, D); break;
+    case 8: outer_8(y, h, WIDE, tile, size, next, D); break;
+    case 7: outer_7(y, h, WIDE, tile, size, next, D); break;
 #endif
-        case 6: outer_6(y + t, h + t, ldh, tile, size, next, D); break;
-        case 5: outer_5(y + t, h + t, ldh, tile, size, next, D); break;
-        case 4: outer_4(y + t, h + t, ldh, tile, size, next, D); break;
-        case 3: outer_3(y + t, h + t, ldh, tile, size, next, D); break;
-        case 2: outer_2(y + t, h + t, ldh, tile, size, next, D); break;
-        default: outer_1(y + t, h + t, ldh, tile, size, next, D);
-        }
+    case 6: outer_6(y, h, WIDE, tile, size, next, D); break;
+    case 5: outer_5(y, h, WIDE, tile, size, next, D); break;
+    case 4: outer_4(y, h, WIDE, tile, size, next, D); break;
+    case 3: outer_3(y, h, WIDE, tile, size, next, D); break;
+    case 2: outer_2(y, h, WIDE, tile, size, next, D); break;
+    default: outer_1(y, h, WIDE, tile, size, next, D);
     }
 }
 
-typedef struct { int64_t e, count, ldh; float *h; } live; /* an expert: its tokens, h (m, ldh) */
+typedef struct { int64_t e, count; float *h; } live; /* an expert, its tokens and blocks of h */
 
 /* columns c .. c + wide of y; strip (T, pitch) and tile are the thread's own */
 static void columns(const ffn *a, const live *of, int64_t lives, const int64_t *first, const int32_t *token, int64_t c, int64_t wide, float *strip, float *tile)
@@ -238,20 +281,25 @@ static void columns(const ffn *a, const live *of, int64_t lives, const int64_t *
                 for (; k < wide; k++) tile[k / SIDE * (RUN * SIDE) + j * SIDE + k % SIDE] = weight(from + k);
             }
             for (int64_t b = 0; b < pitch; b += SIDE)
-                for (int64_t p = 0; p < n; p += BATCH) {
-                    int64_t some = MIN(BATCH, n - p);
-                    float *y[BATCH];
-                    for (int64_t t = 0; t < some; t++) y[t] = strip + token[first[e] + p + t] * pitch + b;
-                    outputs(y, of[i].h + j0 * of[i].ldh + p, of[i].ldh, tile + b * RUN, size, some, p || !next ? NULL : next + b, D);
+                for (int64_t p = 0, block = 0; p < n; p += BATCH) {
+                    int64_t some = MIN(BATCH, n - p), blocks = BLOCKS(some);
+                    for (int64_t q = 0; q < blocks; q++, block++) {
+                        int64_t t0 = some * q / blocks, count = some * (q + 1) / blocks - t0;
+                        float *y[WIDE];
+                        for (int64_t t = 0; t < count; t++) y[t] = strip + token[first[e] + p + t0 + t] * pitch + b;
+                        outputs(y, of[i].h + (block * m + j0) * WIDE, tile + b * RUN, size, count, block || !next ? NULL : next + b, D);
+                    }
                 }
         }
     }
     for (int64_t t = 0; t < T; t++) memcpy(a->y + t * D + c, strip + t * pitch, sizeof(float) * wide);
 }
 
+static int64_t blocks_of(int64_t n) { return n / BATCH * BLOCKS(BATCH) + BLOCKS(n % BATCH); }
+
 int64_t prefill(ffn *a)
 {
-    int64_t T = a->T, N = a->N, m = a->m, D = a->D, lives = 0, room = 0;
+    int64_t T = a->T, N = a->N, m = a->m, D = a->D, lives = 0, size = 0;
     int64_t *first = malloc(sizeof(int64_t) * (N + 1));
     int32_t *token = malloc(sizeof(int32_t) * (T * N + 1));
     live *of = malloc(sizeof(live) * N);
@@ -263,49 +311,47 @@ int64_t prefill(ffn *a)
             int64_t count = first[e + 1] - first[e], i = lives;
             if (!count) continue;
             for (; i > 0 && of[i - 1].count < count; i--) of[i] = of[i - 1];
-            of[i] = (live){e, count, 0, NULL};
+            of[i] = (live){e, count, NULL};
             lives++;
         }
-        for (int64_t i = 0; i < lives; i++) {
-            int64_t ldh = (of[i].count + 15) / 16 * 16;
-            of[i].ldh = ldh % 64 ? ldh : ldh + 16; /* no power of two */
-            room += of[i].ldh * m;
-        }
-        h = floats(room);
+        for (int64_t i = 0; i < lives; i++) size += blocks_of(of[i].count) * m * WIDE;
+        h = take(0, size);
         failed = !h;
-        room = 0;
+        size = 0;
         for (int64_t i = 0; i < lives && !failed; i++) {
-            of[i].h = h + room;
-            room += of[i].ldh * m;
+            of[i].h = h + size;
+            size += blocks_of(of[i].count) * m * WIDE;
         }
     }
     int64_t per = GATED ? 2 : 1, threads = a->threads > 0 ? a->threads : 1;
     int64_t chunks = (m * per + MOST - 1) / MOST, each = (m + chunks - 1) / chunks;
     int64_t strips = threads * ((D + threads * COLUMNS - 1) / (threads * COLUMNS));
     int64_t wide = ((D + strips - 1) / strips + SIDE - 1) / SIDE * SIDE;
-    int64_t own = MAX(BATCH * DEPTH + PACK * PITCH + (MOST + 2 * PACK) * LDO, T * wide + RUN * wide);
+    int64_t own = MAX(PANELS + PACK * PITCH + (MOST + 2 * PACK) * LDO, T * wide + RUN * wide);
     strips = (D + wide - 1) / wide;
 #pragma omp parallel num_threads((int)threads)
     {
-        float *mine = failed ? NULL : floats(own);
+        int64_t id = omp_get_thread_num();
+        float *mine = failed ? NULL : take(1 + id, own);
         if (!mine) {
 #pragma omp atomic write
             failed = 1;
         }
 #pragma omp barrier
-        desk d = {mine, mine + BATCH * DEPTH, mine + BATCH * DEPTH + PACK * PITCH};
+        desk d = {mine, mine + PANELS, mine + PANELS + PACK * PITCH};
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < (failed ? 0 : lives * chunks); item++) {
             const live *o = of + item / chunks;
             int64_t j0 = item % chunks * each, size = MIN(each, m - j0);
             for (int64_t p = 0; p < o->count && size > 0; p += BATCH)
-                hidden(a, &d, token + first[o->e] + p, MIN(BATCH, o->count - p), o->e, o->e * m + j0, size, o->h + j0 * o->ldh + p, o->ldh);
+                hidden(a, &d, token + first[o->e] + p, MIN(BATCH, o->count - p), o->e, o->e * m + j0, size,
+                       o->h + (p / BATCH * BLOCKS(BATCH) * m + j0) * WIDE);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t s = 0; s < (failed ? 0 : strips); s++)
             columns(a, of, lives, first, token, s * wide, MIN(wide, D - s * wide), mine, mine + T * wide);
-        free(mine);
+        give_back(1 + id, mine);
     }
-    free(first); free(token); free(of); free(h);
+    free(first); free(token); free(of); give_back(0, h);
     return failed ? -1 : 0;
 }

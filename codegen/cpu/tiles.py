@@ -28,13 +28,12 @@ def dots(tokens: int, rows: int, packed: bool = False) -> str:
     each = [(t, r) for t in range(tokens) for r in range(rows)]
     name = f"{'packed' if packed else 'dots'}_{tokens}x{rows}"
     kind, read = ("float", "") if packed else ("weight_t", "weight")
-    place = {r: f"w + {r} * PITCH" if packed else f"w[{r}]" for r in range(rows)}
-    given = "const float *w" if packed else "const weight_t *const *w"
+    given = f"const {kind} *const *w"
     lines = [
         f"INLINE void {name}(const float *const *x, {given},",
         "                     int64_t n, float *out) {",
         _declare("const float", {f"*x{t}": f"x[{t}]" for t in range(tokens)}),
-        _declare(f"const {kind}", {f"*w{r}": place[r] for r in range(rows)}),
+        _declare(f"const {kind}", {f"*w{r}": f"w[{r}]" for r in range(rows)}),
         _declare("vec", {f"s{t}{r}": "{0}" for t, r in each}),
         "    int64_t k = 0;",
         "    for (; k + LANES <= n; k += LANES) {",
@@ -68,8 +67,9 @@ def spread(rows: int, vectors: int) -> str:
     each = [(r, v) for r in range(rows) for v in range(vectors)]
     width = f"{vectors} * LANES"
     lines = [
-        f"static void spread_{rows}x{vectors}(const float *panel, const float *w, int64_t n,",
+        f"static void spread_{rows}x{vectors}(const float *panel, const float *const *w, int64_t n,",
         "                        const weight_t *const *next, float *out, int64_t ldo, int more) {",
+        _declare("const float", {f"*w{r}": f"w[{r}]" for r in range(rows)}),
         _declare("vec", {f"s{r}{v}": "{0}" for r, v in each}),
         "    for (int64_t k = 0; k < n;) {",
         "        /* one cache line of every row */",
@@ -82,7 +82,7 @@ def spread(rows: int, vectors: int) -> str:
     ]
     for r in range(rows):
         sums = " ".join(f"s{r}{v} += c * b{v};" for v in range(vectors))
-        lines.append(f"            c = every(w[{r} * PITCH + k]); {sums}")
+        lines.append(f"            c = every(w{r}[k]); {sums}")
     lines.append("        }")
     lines += ["    }", "    if (more) {"]
     place = {(r, v): f"out + {r} * ldo + {v} * LANES" for r, v in each}
