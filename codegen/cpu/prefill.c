@@ -19,6 +19,7 @@
 #define PACKED 0 /* tiles read them as they lie */
 #endif
 #define COLUMNS (4 * SIDE)  /* of a strip of outputs, at most */
+#define SOON 16             /* neurons whose h is asked for before it is written */
 #define RUN 128             /* neurons of a tile of down: half of the first cache */
 
 /* select from scores, tokens shared out over the threads */
@@ -236,25 +237,28 @@ static void hidden(const ffn *a, const desk *d, const int32_t *token, int64_t n,
                 (void)gate;
                 row[i] = ACT(up, gate) * share[i] * ds;
             }
-        for (int64_t b = 0; b < blocks; b++) /* what is past a block's tokens is not used */
-            memcpy(h + (b * a->m + j) * WIDE, row + start[b], sizeof(float) * WIDE);
+        for (int64_t b = 0; b < blocks; b++) { /* what is past a block's tokens is not used */
+            float *to = h + (b * a->m + j) * WIDE;
+            __builtin_prefetch(to + SOON * WIDE, 1); /* another thread has read it in the last call */
+            memcpy(to, row + start[b], sizeof(float) * WIDE);
+        }
     }
 }
 
-/* y of n <= OUTER tokens += h (size, WIDE) times a tile of down; fetches the next one unless NULL */
-static void outputs(float *const *y, const float *h, const float *tile, int64_t size, int64_t n, const weight_t *next, int64_t D)
+/* y of n <= OUTER tokens += h (size, WIDE) times a tile of down; fetches columns of the next one */
+static void outputs(float *const *y, const float *h, const float *tile, int64_t size, int64_t n, const weight_t *next, int64_t D, int64_t ahead)
 {
     switch (n) {
 #if OUTER == 8
-    case 8: outer_8(y, h, WIDE, tile, size, next, D); break;
-    case 7: outer_7(y, h, WIDE, tile, size, next, D); break;
+    case 8: outer_8(y, h, WIDE, tile, size, next, D, ahead); break;
+    case 7: outer_7(y, h, WIDE, tile, size, next, D, ahead); break;
 #endif
-    case 6: outer_6(y, h, WIDE, tile, size, next, D); break;
-    case 5: outer_5(y, h, WIDE, tile, size, next, D); break;
-    case 4: outer_4(y, h, WIDE, tile, size, next, D); break;
-    case 3: outer_3(y, h, WIDE, tile, size, next, D); break;
-    case 2: outer_2(y, h, WIDE, tile, size, next, D); break;
-    default: outer_1(y, h, WIDE, tile, size, next, D);
+    case 6: outer_6(y, h, WIDE, tile, size, next, D, ahead); break;
+    case 5: outer_5(y, h, WIDE, tile, size, next, D, ahead); break;
+    case 4: outer_4(y, h, WIDE, tile, size, next, D, ahead); break;
+    case 3: outer_3(y, h, WIDE, tile, size, next, D, ahead); break;
+    case 2: outer_2(y, h, WIDE, tile, size, next, D, ahead); break;
+    default: outer_1(y, h, WIDE, tile, size, next, D, ahead);
     }
 }
 
@@ -287,7 +291,10 @@ static void columns(const ffn *a, const live *of, int64_t lives, const int64_t *
                         int64_t t0 = some * q / blocks, count = some * (q + 1) / blocks - t0;
                         float *y[WIDE];
                         for (int64_t t = 0; t < count; t++) y[t] = strip + token[first[e] + p + t0 + t] * pitch + b;
-                        outputs(y, of[i].h + (block * m + j0) * WIDE, tile + b * RUN, size, count, block || !next ? NULL : next + b, D);
+                        /* half of the next tile's columns with the first block, half with the second */
+                        const weight_t *then = next + b + (block == 1 ? LANES : 0);
+                        int64_t ahead = !next || block > 1 ? 0 : n > OUTER ? LANES : SIDE;
+                        outputs(y, of[i].h + (block * m + j0) * WIDE, tile + b * RUN, size, count, then, D, ahead);
                     }
                 }
         }

@@ -95,21 +95,19 @@ def spread(rows: int, vectors: int) -> str:
 def outer(tokens: int, vectors: int) -> str:
     """``y[t] += sum over n of h[j][t] * tile[j]`` over ``vectors`` vectors of columns.
 
-    Rows of ``h`` are ``ldh`` apart and hold tokens side by side. ``next``, unless NULL: the rows of
-    the tile after this one, ``stride`` apart, fetched into the second cache meanwhile.
+    Rows of ``h`` are ``ldh`` apart and hold tokens side by side. ``ahead`` columns of ``next``, the
+    rows of the tile after this one, ``stride`` apart, are fetched into the second cache meanwhile.
     """
     each = [(t, v) for t in range(tokens) for v in range(vectors)]
     lines = [
         f"static void outer_{tokens}(float *const *y, const float *h, int64_t ldh,",
-        "                    const float *tile, int64_t n, const weight_t *next, int64_t stride) {",
+        "                    const float *tile, int64_t n, const weight_t *next, int64_t stride, int64_t ahead) {",
         _declare("float", {f"*y{t}": f"y[{t}]" for t in range(tokens)}),
         _declare("vec", {f"s{t}{v}": f"at(y{t} + {v} * LANES)" for t, v in each}),
         f"    for (int64_t j = 0; j < n; j++, h += ldh, tile += {vectors} * LANES) {{",
-        "        if (next) {",
-        f"            for (int64_t k = 0; k < {vectors} * LANES; k += 64 / (int64_t)sizeof(weight_t))",
-        "                __builtin_prefetch(next + k, 0, 2);",
-        "            next += stride;",
-        "        }",
+        "        for (int64_t k = 0; k < ahead; k += 64 / (int64_t)sizeof(weight_t))",
+        "            __builtin_prefetch(next + k, 0, 2);",
+        "        next += stride;",
         "    " + _declare("vec", {f"b{v}": f"at(tile + {v} * LANES)" for v in range(vectors)}),
         *[f"        KEEP(b{v});" for v in range(vectors)],
         "        vec c;",
