@@ -25,34 +25,33 @@ typedef struct {
     int64_t live, thin;                              /* out: live pairs; live neurons of them */
 } ffn;
 
-#define BLOCK 8   /* neurons whose rows are read together by few() */
-#define STRIP 512 /* columns of an output row that stay in the first cache */
+#define BLOCK 8 /* neurons whose rows of down are read together by few() */
 
-/* p += sum of c[i] * row[i], n <= BLOCK rows of D columns */
-static void add_block(float *p, const float *c, const weight_t *const *row, int64_t n, int64_t D)
+/* y[t] += sum of c[t][i] * row[i] over n <= BLOCK rows of D columns, for T tokens; fetches the next
+ * BLOCK rows unless NULL */
+static void add_block(float *const *y, const float (*c)[BLOCK], int64_t T, const weight_t *const *row, int64_t n, const weight_t *const *next, int64_t D)
 {
-    if (n == 8) {
-        const weight_t *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3];
-        const weight_t *r4 = row[4], *r5 = row[5], *r6 = row[6], *r7 = row[7];
-        float c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3], c4 = c[4], c5 = c[5], c6 = c[6], c7 = c[7];
-        int64_t k = 0;
+    int64_t k = 0;
+    if (n == BLOCK)
         for (; k + LANES <= D; k += LANES) {
-            vec a = at(p + k), b;
-            a += c0 * weights(r0 + k); b = c1 * weights(r1 + k);
-            a += c2 * weights(r2 + k); b += c3 * weights(r3 + k);
-            a += c4 * weights(r4 + k); b += c5 * weights(r5 + k);
-            a += c6 * weights(r6 + k); b += c7 * weights(r7 + k);
-            put(p + k, a + b);
+            if (next) for (int i = 0; i < BLOCK; i++) __builtin_prefetch(next[i] + k, 0, 2);
+            vec r0 = weights(row[0] + k), r1 = weights(row[1] + k), r2 = weights(row[2] + k), r3 = weights(row[3] + k);
+            vec r4 = weights(row[4] + k), r5 = weights(row[5] + k), r6 = weights(row[6] + k), r7 = weights(row[7] + k);
+            for (int64_t t = 0; t < T; t++) {
+                const float *w = c[t];
+                vec a = at(y[t] + k) + w[0] * r0, b = w[1] * r1;
+                a += w[2] * r2; b += w[3] * r3;
+                a += w[4] * r4; b += w[5] * r5;
+                a += w[6] * r6; b += w[7] * r7;
+                put(y[t] + k, a + b);
+            }
         }
-        for (; k < D; k++)
-            for (int i = 0; i < 8; i++) p[k] += c[i] * weight(row[i] + k);
-        return;
-    }
-    for (int64_t i = 0; i < n; i++) {
-        int64_t k = 0;
-        for (; k + LANES <= D; k += LANES) put(p + k, at(p + k) + c[i] * weights(row[i] + k));
-        for (; k < D; k++) p[k] += c[i] * weight(row[i] + k);
-    }
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t i = 0; i < n; i++) {
+            int64_t q = k;
+            for (; q + LANES <= D; q += LANES) put(y[t] + q, at(y[t] + q) + c[t][i] * weights(row[i] + q));
+            for (; q < D; q++) y[t][q] += c[t][i] * weight(row[i] + q);
+        }
 }
 
 static void add_floats(float *p, float c, const float *row, int64_t D)
@@ -120,29 +119,45 @@ static int64_t group(const ffn *a, int64_t *first, int32_t *token)
     return pairs;
 }
 
-/* g and u (n, BLOCK) of neurons row .. row + size for n tokens */
-static void neurons(const ffn *a, const int32_t *token, int64_t n, int64_t row, int64_t size, float *g, float *u)
+/* TILE rows of gate and up, those of ROWS neurons from `row` on; past the last of size: the last
+ * again, not used */
+static void rows_of(const ffn *a, int64_t row, int64_t size, const weight_t **w)
+{
+    for (int64_t i = 0; i < ROWS; i++) {
+        int64_t at = (row + (i < size ? i : size - 1)) * a->D;
+        if (GATED) { w[2 * i] = a->gate + at; w[2 * i + 1] = a->up + at; }
+        else w[i] = a->up + at;
+    }
+}
+
+/* g and u (n, BLOCK) of neurons row .. row + size for n tokens; fetches `next` after the last rows */
+static void neurons(const ffn *a, const int32_t *token, int64_t n, int64_t row, int64_t size, const weight_t *const *next, float *g, float *u)
 {
     int64_t D = a->D;
     for (int64_t j = 0; j < size; j += ROWS) {
-        const weight_t *w[4];
-        for (int64_t i = 0; i < ROWS; i++) { /* past the end: the last row again, not used */
-            int64_t at = (row + (j + i < size ? j + i : size - 1)) * D;
-            if (GATED) { w[2 * i] = a->gate + at; w[2 * i + 1] = a->up + at; }
-            else w[i] = a->up + at;
-        }
+        const weight_t *w[TILE], *after[TILE];
+        int last = j + ROWS >= size;
+        rows_of(a, row + j, size - j, w);
+        if (!last) rows_of(a, row + j + ROWS, size - j - ROWS, after);
         for (int64_t t = 0; t < n;) {
-            float out[12];
+            float out[3 * TILE];
+            const weight_t *const *soon = t ? NULL : last ? next : after;
             int64_t left = n - t, took = left >= 3 ? 3 : left;
             const float *x[3];
             for (int64_t i = 0; i < took; i++) x[i] = a->x + token[t + i] * D;
-            if (took == 3) dots_3x4(x, w, D, out);
-            else if (took == 2) dots_2x4(x, w, D, out);
-            else dots_1x4(x, w, D, out);
+#if TILE == 8
+            if (took == 3) dots_3x8(x, w, soon, D, out);
+            else if (took == 2) dots_2x8(x, w, soon, D, out);
+            else dots_1x8(x, w, soon, D, out);
+#else
+            if (took == 3) dots_3x4(x, w, soon, D, out);
+            else if (took == 2) dots_2x4(x, w, soon, D, out);
+            else dots_1x4(x, w, soon, D, out);
+#endif
             for (int64_t i = 0; i < took; i++, t++)
                 for (int64_t r = 0; r < ROWS && j + r < size; r++) {
-                    if (GATED) { g[t * BLOCK + j + r] = out[i * 4 + 2 * r]; u[t * BLOCK + j + r] = out[i * 4 + 2 * r + 1]; }
-                    else u[t * BLOCK + j + r] = out[i * 4 + r];
+                    if (GATED) { g[t * BLOCK + j + r] = out[i * TILE + 2 * r]; u[t * BLOCK + j + r] = out[i * TILE + 2 * r + 1]; }
+                    else u[t * BLOCK + j + r] = out[i * TILE + r];
                 }
         }
     }
@@ -186,33 +201,43 @@ int64_t few(ffn *a)
         float *mine = parts + id * T * D;
         memset(mine, 0, sizeof(float) * T * D);
         int64_t lo = work * id / n, hi = work * (id + 1) / n;
-        float g[T * BLOCK], u[T * BLOCK];
+        float g[T * BLOCK], u[T * BLOCK], c[T][BLOCK], *y[T];
         for (int64_t e = 0; e < N; e++) {
             int64_t count = first[e + 1] - first[e];
             if (!count || start[e] + m <= lo || start[e] >= hi) continue;
             int64_t from = lo > start[e] ? lo - start[e] : 0, to = hi < start[e] + m ? hi - start[e] : m;
             const int32_t *who = token + first[e];
+            for (int64_t t = 0; t < count; t++) y[t] = mine + who[t] * D;
             for (int64_t j = from; j < to; j += BLOCK) {
-                int64_t size = to - j < BLOCK ? to - j : BLOCK, row = e * m + j;
-                neurons(a, who, count, row, size, g, u);
+                int64_t size = to - j < BLOCK ? to - j : BLOCK, row = e * m + j, then = row + BLOCK;
+                const weight_t *rows[BLOCK], *after[BLOCK];
+                if (j + BLOCK >= to) { /* the next live expert's, or what is read already */
+                    int64_t o = e + 1;
+                    while (o < N && first[o + 1] == first[o]) o++;
+                    then = o < N && start[o] < hi ? o * m : row;
+                }
+                rows_of(a, then, N * m - then, after);
+                if (TILE < BLOCK) rows_of(a, then + ROWS, N * m - then - ROWS > 0 ? N * m - then - ROWS : 1, after + TILE);
+                for (int64_t i = 0; i < BLOCK; i++) rows[i] = a->down + (row + (i < size ? i : size - 1)) * D;
+                neurons(a, who, count, row, size, rows, g, u);
                 for (int64_t i = 0; i < count * BLOCK; i++) u[i] = ACT(u[i], g[i]);
-                for (int64_t s = 0; s < D; s += STRIP)
-                    for (int64_t t = 0; t < count; t++) {
-                        float share = a->select[who[t] * N + e], c[BLOCK];
-                        const weight_t *rows[BLOCK];
-                        int64_t used = 0;
-                        for (int64_t i = 0; i < size; i++) {
-                            float h = u[t * BLOCK + i];
-                            if (THIN) {
-                                if (a->centre) h -= a->centre[row + i];
-                                if (!(fabsf(h) * a->weigh[row + i] > a->cut)) continue;
-                            }
-                            c[used] = h * share * (a->down_scale ? a->down_scale[row + i] : 1.0f);
-                            rows[used++] = a->down + (row + i) * D + s;
+                for (int64_t t = 0; t < count; t++) {
+                    float share = a->select[who[t] * N + e];
+                    const weight_t *used[BLOCK];
+                    int64_t live = 0;
+                    for (int64_t i = 0; i < size; i++) {
+                        float h = u[t * BLOCK + i];
+                        if (THIN) {
+                            if (a->centre) h -= a->centre[row + i];
+                            if (!(fabsf(h) * a->weigh[row + i] > a->cut)) continue;
                         }
-                        if (!s) thin += used;
-                        add_block(mine + who[t] * D + s, c, rows, used, D - s < STRIP ? D - s : STRIP);
+                        c[t][live] = h * share * (a->down_scale ? a->down_scale[row + i] : 1.0f);
+                        used[live++] = rows[i];
                     }
+                    if (THIN) add_block(y + t, c + t, 1, used, live, t ? NULL : after, D);
+                    thin += live;
+                }
+                if (!THIN) add_block(y, c, count, rows, size, after, D);
             }
         }
         /* what stands in for dead experts, and THIN's offsets of live ones */

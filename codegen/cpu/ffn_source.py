@@ -59,11 +59,13 @@ def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool
         weights: float32, bfloat16 or int8 (which has scales).
     """
     lanes = machine().lanes
+    tile = 8 if lanes == 16 else 4
     switches = {
         "LANES": lanes,
         DTYPES.get(weights, DTYPES[torch.float32]): 1,
         "GATED": int(gated),
-        "ROWS": 2 if gated else 4,  # neurons of a tile
+        "TILE": tile,  # weight rows of few()'s tiles
+        "ROWS": tile // 2 if gated else tile,  # their neurons
         "THIN": int(thin),
         **_tiling(lanes),
         "ACT(up, gate)": "act(up, gate)" if gated else "act(up)",
@@ -71,7 +73,7 @@ def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool
     if weights == torch.int8:
         switches["WEIGHT_INT8"] = 1
     head = "\n".join(f"#define {name} {value}" for name, value in switches.items())
-    tiles = [dots(tokens, 4) for tokens in (1, 2, 3)]
+    tiles = [dots(tokens, tile) for tokens in (1, 2, 3)]
     if lanes == 16:  # 32 registers
         tiles += [spread(8, 2), spread(8, 1), dots(1, 8, packed=True), dots(2, 8, packed=True)]
     else:

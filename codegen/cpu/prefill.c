@@ -2,9 +2,9 @@
  * outputs, in strips of columns that threads own: no sum is shared between threads, so the result
  * does not depend on their number.
  *
- * Weights come from memory once: while the tiles multiply what was packed, they fetch what is
- * packed next into the second cache. Only live pairs are computed: an expert's tokens fill vectors;
- * the few that would leave most of a vector idle are multiplied one by one (packed_*).
+ * Weights come from memory once: while the tiles multiply some rows, they fetch the next ones into
+ * the second cache. Only live pairs are computed: an expert's tokens fill vectors, and the few that
+ * would leave most of a vector idle are multiplied as they lie (alone).
  */
 #define SIDE (2 * LANES)    /* tokens of a panel; columns of a tile of down */
 #define BATCH 128           /* tokens of an expert at a time */
@@ -18,6 +18,7 @@
 #else
 #define PACKED 0 /* tiles read them as they lie */
 #endif
+#define SLICE 4096          /* tokens of a call of slice() */
 #define COLUMNS (4 * SIDE)  /* of a strip of outputs, at most */
 #define SOON 16             /* neurons whose h is asked for before it is written */
 #define RUN 128             /* neurons of a tile of down: half of the first cache */
@@ -304,7 +305,7 @@ static void columns(const ffn *a, const live *of, int64_t lives, const int64_t *
 
 static int64_t blocks_of(int64_t n) { return n / BATCH * BLOCKS(BATCH) + BLOCKS(n % BATCH); }
 
-int64_t prefill(ffn *a)
+static int64_t slice(ffn *a)
 {
     int64_t T = a->T, N = a->N, m = a->m, D = a->D, lives = 0, size = 0;
     int64_t *first = malloc(sizeof(int64_t) * (N + 1));
@@ -361,4 +362,21 @@ int64_t prefill(ffn *a)
     }
     free(first); free(token); free(of); give_back(0, h);
     return failed ? -1 : 0;
+}
+
+/* a slice of tokens at a time: what is kept of them (hidden numbers, strips) stays within bounds */
+int64_t prefill(ffn *a)
+{
+    int64_t live = 0;
+    for (int64_t t = 0; t < a->T; t += SLICE) {
+        ffn part = *a;
+        part.T = MIN(SLICE, a->T - t);
+        part.x += t * a->D;
+        part.y += t * a->D;
+        part.select += t * a->N;
+        if (slice(&part) < 0) return -1;
+        live += part.live;
+    }
+    a->live = live;
+    return 0;
 }

@@ -21,17 +21,19 @@ from __future__ import annotations
 def dots(tokens: int, rows: int, packed: bool = False) -> str:
     """``out[t * rows + r] = x[t] . w[r]`` over ``n`` numbers: one pass over the rows as they lie.
 
+    ``next``, unless NULL: the rows that are read after these, fetched meanwhile.
+
     Args:
         rows: a multiple of four, whose sums are reduced together.
-        packed: the rows lie in a buffer, ``PITCH`` floats apart.
+        packed: the rows are float32 whatever the weights are, and nothing is fetched.
     """
     each = [(t, r) for t in range(tokens) for r in range(rows)]
     name = f"{'packed' if packed else 'dots'}_{tokens}x{rows}"
     kind, read = ("float", "") if packed else ("weight_t", "weight")
     given = f"const {kind} *const *w"
     lines = [
-        f"INLINE void {name}(const float *const *x, {given},",
-        "                     int64_t n, float *out) {",
+        f"static void {name}(const float *const *x, {given},",
+        f"                     {'' if packed else 'const weight_t *const *next, '}int64_t n, float *out) {{",
         _declare("const float", {f"*x{t}": f"x[{t}]" for t in range(tokens)}),
         _declare(f"const {kind}", {f"*w{r}": f"w[{r}]" for r in range(rows)}),
         _declare("vec", {f"s{t}{r}": "{0}" for t, r in each}),
@@ -40,6 +42,8 @@ def dots(tokens: int, rows: int, packed: bool = False) -> str:
         "    " + _declare("vec", {f"v{t}": f"at(x{t} + k)" for t in range(tokens)}),
         "        vec b;",
     ]
+    if not packed:
+        lines.append(f"        if (next) for (int r = 0; r < {rows}; r++) __builtin_prefetch(next[r] + k, 0, 2);")
     for r in range(rows):
         sums = " ".join(f"s{t}{r} += v{t} * b;" for t in range(tokens))
         vector = f"at(w{r} + k)" if packed else f"weights(w{r} + k)"

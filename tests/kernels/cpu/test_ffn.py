@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sparsify.codegen.cpu import build, tune
 from sparsify.codegen.cpu.ffn import FfnKernel, Way
 from sparsify.codegen.cpu.linear import quantised
 from sparsify.codegen.lower import lower, lower_module
+from sparsify.codegen.machine import LANES, machine
 from sparsify.core import Refused
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.inputs import Magnitude
@@ -160,6 +162,63 @@ def test_sizes_that_fit_no_tile(way: Way, experts: int, size: int, width: int) -
     for tokens in (1, 17, 35):
         made = layer(experts, size, width, shared=0, active=0.7)
         agree(made, torch.randn(tokens, width), way)
+
+
+def test_sizes_beyond_a_block_of_every_kind() -> None:
+    """More tokens than a batch, more features than a panel or a packed row holds, more neurons
+    than an item of work and a tile of outputs, more columns than a strip."""
+    torch.manual_seed(0)
+    agree(layer(experts=2, size=3, width=5, active=0.6), torch.randn(4500, 5), "prefill")
+    for dtype in (torch.float32, torch.bfloat16):
+        made = layer(experts=2, size=210, width=1100, shared=0, stands=False).to(dtype)
+        x = torch.randn(150, 1100).to(dtype)
+        select = (torch.rand(150, 2) < 0.9).to(dtype)
+        found = FfnKernel(made).compute("prefill", made, x, select)
+        assert found is not None
+        wide = copy.deepcopy(made).float()
+        want = wide._masked(x.float(), select.float(), None)
+        rounding = 0.0 if dtype is torch.float32 else torch.finfo(dtype).eps / 2
+        error = (found.double() - want.double()).abs()
+        assert bool((error <= tolerance(wide, x.float()) + rounding * want.abs()).all())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_narrower_vectors(way: Way, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other processors run: the same source with vectors of another width."""
+    monkeypatch.setitem(LANES, machine().isa, lanes)
+    for seed, tokens in enumerate((1, 5, 40, 70)):
+        torch.manual_seed(seed)
+        agree(layer(gated=seed % 2 == 0, size=33, width=70), torch.randn(tokens, 70), way)
+
+
+def test_prefill_does_not_depend_on_the_number_of_threads() -> None:
+    torch.manual_seed(0)
+    made, x = layer(size=40, width=300), torch.randn(90, 300)
+    made.kernel = FfnKernel(made, always("prefill"))  # type: ignore[arg-type]
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(made(x))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_two_threads_at_once() -> None:
+    """Memory that is kept between calls belongs to one call at a time."""
+    torch.manual_seed(0)
+    made = [layer(size=40, width=100) for _ in range(4)]
+    xs = [torch.randn(tokens, 100) for tokens in (90, 30, 70, 50)]
+    expected = [one(x) for one, x in zip(made, xs, strict=True)]
+    for one in made:
+        one.kernel = FfnKernel(one, always("prefill"))  # type: ignore[arg-type]
+
+    def many(at: int) -> bool:
+        with torch.no_grad():
+            found = [made[at](xs[at]) for _ in range(50)]
+        return all(torch.allclose(y, expected[at], atol=1e-5) for y in found)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, range(4)))
 
 
 @pytest.mark.parametrize("way", WAYS)
