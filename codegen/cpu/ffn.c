@@ -81,20 +81,19 @@ static void score(const ffn *a, int64_t lo, int64_t hi)
 static void choose(const ffn *a)
 {
     int64_t shared = a->N - a->R;
+    int32_t R = (int32_t)a->R, before[R + 1]; /* scores that come before each; ties: the lower unit */
     for (int64_t t = 0; t < a->T; t++) {
         float *out = a->select + t * a->N;
         const float *s = a->scores + t * a->R;
+        if (a->keep >= 0) {
+            memset(before, 0, sizeof(int32_t) * R);
+            for (int32_t o = 0; o < R; o++)
+                for (int32_t r = 0; r < R; r++) before[r] += (s[o] > s[r]) | ((s[o] == s[r]) & (o < r));
+        }
         for (int64_t i = 0; i < a->N; i++) {
-            int64_t r = i - shared, at = a->order ? a->order[i] : i;
-            int on = r < 0;
-            if (r >= 0 && a->keep < 0) on = s[r] > a->threshold;
-            if (r >= 0 && a->keep >= 0) { /* ties go to the lower unit */
-                int32_t before = 0;
-                for (int64_t o = 0; o < r; o++) before += s[o] >= s[r];
-                for (int64_t o = r + 1; o < a->R; o++) before += s[o] > s[r];
-                on = before < a->keep;
-            }
-            out[at] = on ? 1.0f : 0.0f;
+            int64_t r = i - shared;
+            int on = r < 0 || (a->keep < 0 ? s[r] > a->threshold : before[r] < a->keep);
+            out[a->order ? a->order[i] : i] = on ? 1.0f : 0.0f;
         }
     }
 }

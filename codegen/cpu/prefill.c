@@ -285,19 +285,22 @@ static void columns(const ffn *a, const live *of, int64_t lives, const int64_t *
                 for (; k + LANES <= wide; k += LANES) put(tile + k / SIDE * (RUN * SIDE) + j * SIDE + k % SIDE, weights(from + k));
                 for (; k < wide; k++) tile[k / SIDE * (RUN * SIDE) + j * SIDE + k % SIDE] = weight(from + k);
             }
-            for (int64_t b = 0; b < pitch; b += SIDE)
-                for (int64_t p = 0, block = 0; p < n; p += BATCH) {
-                    int64_t some = MIN(BATCH, n - p), blocks = BLOCKS(some);
-                    for (int64_t q = 0; q < blocks; q++, block++) {
-                        int64_t t0 = some * q / blocks, count = some * (q + 1) / blocks - t0;
-                        float *y[WIDE];
-                        for (int64_t t = 0; t < count; t++) y[t] = strip + token[first[e] + p + t0 + t] * pitch + b;
+            for (int64_t p = 0; p < n; p += BATCH) {
+                int64_t some = MIN(BATCH, n - p), blocks = BLOCKS(some), start[BLOCKS(BATCH) + 1];
+                const int32_t *who = token + first[e] + p;
+                const float *h = of[i].h + (p / BATCH * BLOCKS(BATCH) * m + j0) * WIDE;
+                float *y[BATCH];
+                for (int64_t q = 0; q <= blocks; q++) start[q] = some * q / blocks;
+                for (int64_t t = 0; t < some; t++) y[t] = strip + who[t] * pitch;
+                for (int64_t b = 0; b < pitch; b += SIDE) {
+                    for (int64_t q = 0; q < blocks; q++) {
                         /* half of the next tile's columns with the first block, half with the second */
-                        const weight_t *then = next + b + (block == 1 ? LANES : 0);
-                        int64_t ahead = !next || block > 1 ? 0 : n > OUTER ? LANES : SIDE;
-                        outputs(y, of[i].h + (block * m + j0) * WIDE, tile + b * RUN, size, count, then, D, ahead);
+                        int64_t ahead = !next || p || q > 1 ? 0 : n > OUTER ? LANES : SIDE;
+                        outputs(y + start[q], h + q * m * WIDE, tile + b * RUN, size, start[q + 1] - start[q], next + b + (q ? LANES : 0), D, ahead);
                     }
+                    for (int64_t t = 0; t < some; t++) y[t] += SIDE;
                 }
+            }
         }
     }
     for (int64_t t = 0; t < T; t++) memcpy(a->y + t * D + c, strip + t * pitch, sizeof(float) * wide);
