@@ -66,11 +66,11 @@ static void scores(const routed *a, const float *q, const value_t *k, const void
     int64_t j = lo;
     for (; j + 4 <= hi; j += 4) {
         for (int r = 0; r < 4; r++) row[r] = k + (j + r) * a->k_key;
-        dot_rows(4, row, q, a->width, s + j);
+        dot_rows(4, 0, row, q, a->width, s + j);
     }
     for (; j < hi; j++) {
         row[0] = k + j * a->k_key;
-        dot_rows(1, row, q, a->width, s + j);
+        dot_rows(1, 0, row, q, a->width, s + j);
     }
     for (j = lo; j < hi; j++) s[j] *= a->scale;
     m += lo * a->m_key;

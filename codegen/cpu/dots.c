@@ -12,20 +12,23 @@ typedef struct {
 } routed;
 
 /* rows `first` to `last` (packed) for the tokens that want them (wants null = all) */
-static void some(const routed *to, const float *x, value_t *y, int64_t tokens,
+static void some(const routed *to, const float *x, int64_t pitch, value_t *y, int64_t tokens,
                  const uint8_t *wants, int64_t first, int64_t last) {
     int64_t owned = to->units * to->size, out = owned + to->n_others;
-    const value_t *row[4];
-    float dots[4];
+    const value_t *row[TOGETHER];
+    float dots[TOGETHER];
     for (int64_t p = first; p < last;) {
-        int n = last - p >= 4 ? 4 : 1;
+        int n = last - p >= TOGETHER ? TOGETHER : 1, asked = 0;
+        int64_t ahead = last - p >= 2 * TOGETHER ? TOGETHER * to->in : 0; /* those read next */
         int mine = p < owned;
         for (int r = 0; r < n; r++)
             row[r] = mine ? to->blocks + (p + r) * to->in : to->others + (p + r - owned) * to->in;
         for (int64_t t = 0; t < tokens; t++) {
             if (wants && !wants[t]) continue;
-            if (n == 4) dot_rows(4, row, x + t * to->in, to->in, dots);
-            else dot_rows(1, row, x + t * to->in, to->in, dots);
+            const float *token = x + t * pitch;
+            if (n == TOGETHER && ahead && !asked++) dot_rows(TOGETHER, ahead, row, token, to->in, dots);
+            else if (n == TOGETHER) dot_rows(TOGETHER, 0, row, token, to->in, dots);
+            else dot_rows(1, 0, row, token, to->in, dots);
             for (int r = 0; r < n; r++) {
                 const value_t *bias = mine ? to->bias : to->other_bias;
                 float b = bias ? value(bias + (mine ? p + r : p + r - owned)) : 0;
@@ -41,11 +44,13 @@ static void some(const routed *to, const float *x, value_t *y, int64_t tokens,
 int64_t routed_rows(const routed *to, const value_t *x, const value_t *select, value_t *y,
                     int64_t tokens, int threads) {
     int64_t units = to->units, size = to->size, owned = units * size, pairs = 0, used = 0;
-    float *wide = malloc(tokens * to->in * sizeof(float) + units * (8 + tokens) + 64);
+    int64_t pitch = (to->in + 15) / 16 * 16; /* tokens begin on cache lines */
+    float *wide = aligned_alloc(64, (tokens * pitch * sizeof(float) + units * (8 + tokens) + 127) / 64 * 64);
     if (!wide) return -1;
-    int64_t *unit = (int64_t *)(wide + (tokens * to->in + 1) / 2 * 2);
+    int64_t *unit = (int64_t *)(wide + tokens * pitch);
     uint8_t *wants = (uint8_t *)(unit + units); /* (used units, tokens) */
-    for (int64_t j = 0; j < tokens * to->in; j++) wide[j] = value(x + j);
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t j = 0; j < to->in; j++) wide[t * pitch + j] = value(x + t * to->in + j);
     for (int64_t u = 0; u < units; u++) {
         int any = 0;
         for (int64_t t = 0; t < tokens; t++) {
@@ -66,12 +71,12 @@ int64_t routed_rows(const routed *to, const value_t *x, const value_t *select, v
         int64_t lo = rows * part / parts, hi = rows * (part + 1) / parts;
         for (int64_t i = lo / size; i < used && i * size < hi; i++) {
             int64_t first = lo > i * size ? lo - i * size : 0, last = MIN(size, hi - i * size);
-            some(to, wide, y, tokens, wants + i * tokens, unit[i] * size + first,
+            some(to, wide, pitch, y, tokens, wants + i * tokens, unit[i] * size + first,
                  unit[i] * size + last);
         }
         int64_t first = lo - used * size, last = hi - used * size; /* among the others */
         if (first < 0) first = 0;
-        if (first < last) some(to, wide, y, tokens, NULL, owned + first, owned + last);
+        if (first < last) some(to, wide, pitch, y, tokens, NULL, owned + first, owned + last);
     }
     free(wide);
     return pairs;

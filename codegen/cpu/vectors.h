@@ -37,6 +37,9 @@ INLINE void put(float *p, vec v) { *(vec_at *)p = v; }
 INLINE vec every(float v) { return v - (vec){0}; }
 
 INLINE float total(vec v) {
+#if LANES == 16 && defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += v[i];
     return sum;
@@ -97,7 +100,8 @@ INLINE float weight(const weight_t *p) { return value(p); }
 INLINE vec weights(const weight_t *p) { return values(p); }
 #endif
 
-/* y (n) += the sum over R <= 8 rows of times[r] * row[r]; with `ahead`, asking for what comes next */
+/* y (n) += the sum over R <= 8 rows of times[r] * row[r]; with `ahead`, the next ones are fetched
+   into the second cache */
 INLINE void add_rows(const int R, const int ahead, const weight_t *const *row,
                      const weight_t *const *next, const float *times, float *y, int64_t n) {
     vec c[8];
@@ -107,7 +111,9 @@ INLINE void add_rows(const int R, const int ahead, const weight_t *const *row,
         vec a = at(y + j), b = at(y + j + LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            if (ahead) __builtin_prefetch(next[r] + j);
+            if (ahead)
+                for (int q = 0; q < 2 * LANES; q += 64 / (int)sizeof(weight_t))
+                    __builtin_prefetch(next[r] + j + q, 0, 2);
             a += c[r] * weights(row[r] + j);
             b += c[r] * weights(row[r] + j + LANES);
         }
@@ -121,16 +127,22 @@ INLINE void add_rows(const int R, const int ahead, const weight_t *const *row,
     }
 }
 
-/* dots[r] = row[r] . x for R rows of n, x in float32 */
-INLINE void dot_rows(const int R, const value_t *const *row, const float *x, int64_t n,
-                     float *dots) {
-    vec a[4] = {{0}}, b[4] = {{0}};
-    float rest[4] = {0};
+#define TOGETHER (LANES == 16 ? 8 : 4) /* rows whose sums fit the registers */
+
+/* dots[r] = row[r] . x for R <= TOGETHER rows of n, x in float32; with `ahead`, rows that lie that
+   many numbers further on are fetched into the second cache */
+INLINE void dot_rows(const int R, const int64_t ahead, const value_t *const *row, const float *x,
+                     int64_t n, float *dots) {
+    vec a[TOGETHER] = {{0}}, b[TOGETHER] = {{0}};
+    float rest[TOGETHER] = {0};
     int64_t j = 0;
     for (; j + 2 * LANES <= n; j += 2 * LANES) {
         vec u = at(x + j), v = at(x + j + LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
+            if (ahead)
+                for (int q = 0; q < 2 * LANES; q += 64 / (int)sizeof(value_t))
+                    __builtin_prefetch(row[r] + ahead + j + q, 0, 2);
             a[r] += u * values(row[r] + j);
             b[r] += v * values(row[r] + j + LANES);
         }
