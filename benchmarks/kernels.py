@@ -33,11 +33,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import gc
 import json
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,8 @@ PRUNED = ("pruned", "pruned oneDNN")  # a smaller dense layer
 DENSE = ("natural", "by neuron", "transposed", "oneDNN", "MKL", "onnx", "compiled")
 PEERS = ("expert loop", "hf eager", "hf batched", "hf grouped", "onnx MoE", EAGER, *PRUNED)
 GPU_PEERS = ("grouped mm",)  # benchmarks/gpu.py
+SPINNING = ("onnx", "onnx MoE")
+SPIN = 0.05  # seconds
 WORST = 1e-4  # relative error that is another function, not another order of sums
 PICKED = 1 << 29  # bytes that hf batched may copy: it gathers whole experts for every token
 
@@ -225,16 +229,29 @@ def _work(
 ) -> dict[str, Work]:
     """Each backend's visits of its copies; one untimed visit wakes its thread pool.
 
-    Calls of a round go to copies that this backend has not visited for long; a compiled stack
+    ONNX Runtime's threads go on spinning for 40 ms after a call, on the cores that the next backend
+    needs: that one waits until they sleep. Calls of a round go to copies that this backend has not visited for long; a compiled stack
     visits all of its own in one call.
     """
     most = max(len(layers) - 1, 1)
     work = {}
+    busy = [0.0]  # until when another's threads may spin
+
+    def wake(call: Callable[[], Any]) -> None:
+        time.sleep(max(busy[0] - time.perf_counter(), 0.0))
+        call()
+
+    def marked(call: Callable[[], Any]) -> None:
+        call()
+        busy[0] = time.perf_counter() + SPIN
+
     for name, each in calls.items():
         call = rotated(each)
+        if name in SPINNING:
+            call = functools.partial(marked, call)
         units = min(len(layers), copies(layers[0].bytes, _cache())) if name == "compiled" else 1
         times = 1 if name == "compiled" else enough(call, most=most)
-        work[name] = Work(call, call, times, units)
+        work[name] = Work(call, functools.partial(wake, call), times, units)
     return work
 
 

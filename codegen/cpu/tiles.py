@@ -43,7 +43,9 @@ def dots(tokens: int, rows: int, packed: bool = False) -> str:
         "        vec b;",
     ]
     if not packed:
-        lines.append(f"        if (next) for (int r = 0; r < {rows}; r++) __builtin_prefetch(next[r] + k, 0, 2);")
+        lines.append(
+            f"        if (next) for (int r = 0; r < {rows}; r++) __builtin_prefetch(next[r] + k, 0, 2);"
+        )
     for r in range(rows):
         sums = " ".join(f"s{t}{r} += v{t} * b;" for t in range(tokens))
         vector = f"at(w{r} + k)" if packed else f"weights(w{r} + k)"
