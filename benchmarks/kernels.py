@@ -230,8 +230,8 @@ def _work(
     """Each backend's visits of its copies; one untimed visit wakes its thread pool.
 
     ONNX Runtime's threads go on spinning for 40 ms after a call, on the cores that the next backend
-    needs: that one waits until they sleep. Calls of a round go to copies that this backend has not visited for long; a compiled stack
-    visits all of its own in one call.
+    needs: that one waits until they sleep. Calls of a round go to copies that this backend has not
+    visited for long; a compiled stack visits all of its own in one call.
     """
     most = max(len(layers) - 1, 1)
     work = {}

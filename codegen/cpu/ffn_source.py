@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from sparsify.codegen.cpu.call import DTYPES, part
-from sparsify.codegen.cpu.tiles import TOTALS, dots, outer, spread
+from sparsify.codegen.cpu.tiles import dots, outer, spread
 from sparsify.codegen.elementwise import c_source
 from sparsify.codegen.machine import machine
 from sparsify.runtime.program import Program
@@ -79,7 +79,8 @@ def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool
     else:
         tiles += [spread(6, 2), spread(12, 1), dots(1, 12, packed=True)]
     tiles += [outer(tokens, 2) for tokens in range(1, _tiling(lanes)["OUTER"] + 1)]
-    parts = [head, part("vectors.h"), ELEMENTARY, c_source(activation), TOTALS, *tiles]
+    parts = [head, part("vectors.h"), ELEMENTARY, c_source(activation)]
+    parts += [part("totals.h"), *tiles]
     return "\n".join([*parts, part("ffn.c"), part("prefill.c")])
 
 

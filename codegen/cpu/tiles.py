@@ -17,6 +17,8 @@ Multiply-adds of one thread, GFLOP/s (gcc 12):
 
 from __future__ import annotations
 
+FETCH = "        if (next) for (int r = 0; r < {rows}; r++) __builtin_prefetch(next[r] + k, 0, 2);"
+
 
 def dots(tokens: int, rows: int, packed: bool = False) -> str:
     """``out[t * rows + r] = x[t] . w[r]`` over ``n`` numbers: one pass over the rows as they lie.
@@ -30,10 +32,10 @@ def dots(tokens: int, rows: int, packed: bool = False) -> str:
     each = [(t, r) for t in range(tokens) for r in range(rows)]
     name = f"{'packed' if packed else 'dots'}_{tokens}x{rows}"
     kind, read = ("float", "") if packed else ("weight_t", "weight")
-    given = f"const {kind} *const *w"
+    following = "" if packed else "const weight_t *const *next, "
     lines = [
-        f"static void {name}(const float *const *x, {given},",
-        f"                     {'' if packed else 'const weight_t *const *next, '}int64_t n, float *out) {{",
+        f"static void {name}(const float *const *x, const {kind} *const *w,",
+        f"                     {following}int64_t n, float *out) {{",
         _declare("const float", {f"*x{t}": f"x[{t}]" for t in range(tokens)}),
         _declare(f"const {kind}", {f"*w{r}": f"w[{r}]" for r in range(rows)}),
         _declare("vec", {f"s{t}{r}": "{0}" for t, r in each}),
@@ -43,9 +45,7 @@ def dots(tokens: int, rows: int, packed: bool = False) -> str:
         "        vec b;",
     ]
     if not packed:
-        lines.append(
-            f"        if (next) for (int r = 0; r < {rows}; r++) __builtin_prefetch(next[r] + k, 0, 2);"
-        )
+        lines.append(FETCH.format(rows=rows))
     for r in range(rows):
         sums = " ".join(f"s{t}{r} += v{t} * b;" for t in range(tokens))
         vector = f"at(w{r} + k)" if packed else f"weights(w{r} + k)"
@@ -73,14 +73,15 @@ def spread(rows: int, vectors: int) -> str:
     each = [(r, v) for r in range(rows) for v in range(vectors)]
     width = f"{vectors} * LANES"
     lines = [
-        f"static void spread_{rows}x{vectors}(const float *panel, const float *const *w, int64_t n,",
-        "                        const weight_t *const *next, float *out, int64_t ldo, int more) {",
+        f"static void spread_{rows}x{vectors}(const float *panel, const float *const *w,",
+        "                        int64_t n, const weight_t *const *next, float *out, int64_t ldo,",
+        "                        int more) {",
         _declare("const float", {f"*w{r}": f"w[{r}]" for r in range(rows)}),
         _declare("vec", {f"s{r}{v}": "{0}" for r, v in each}),
         "    for (int64_t k = 0; k < n;) {",
         "        /* one cache line of every row */",
         "        const int64_t stop = MIN(n, k + 64 / (int64_t)sizeof(weight_t));",
-        f"        if (next) for (int r = 0; r < {rows}; r++) __builtin_prefetch(next[r] + k, 0, 2);",
+        FETCH.format(rows=rows),
         f"        for (; k < stop; k++, panel += {width}) {{",
         "        " + _declare("vec", {f"b{v}": f"at(panel + {v} * LANES)" for v in range(vectors)}),
         *[f"            KEEP(b{v});" for v in range(vectors)],
@@ -107,7 +108,8 @@ def outer(tokens: int, vectors: int) -> str:
     each = [(t, v) for t in range(tokens) for v in range(vectors)]
     lines = [
         f"static void outer_{tokens}(float *const *y, const float *h, int64_t ldh,",
-        "                    const float *tile, int64_t n, const weight_t *next, int64_t stride, int64_t ahead) {",
+        "                    const float *tile, int64_t n, const weight_t *next, int64_t stride,",
+        "                    int64_t ahead) {",
         _declare("float", {f"*y{t}": f"y[{t}]" for t in range(tokens)}),
         _declare("vec", {f"s{t}{v}": f"at(y{t} + {v} * LANES)" for t, v in each}),
         f"    for (int64_t j = 0; j < n; j++, h += ldh, tile += {vectors} * LANES) {{",
@@ -124,42 +126,6 @@ def outer(tokens: int, vectors: int) -> str:
     lines.append("    }")
     lines += [f"    put(y{t} + {v} * LANES, s{t}{v});" for t, v in each]
     return "\n".join([*lines, "}", ""])
-
-
-TOTALS = """\
-/* v stays in a register: gcc folds its load into every use, and then the loads bound the loop */
-#if defined(__AVX512F__)
-#define KEEP(v) __asm__("" : "+v"(v))
-#elif defined(__AVX__)
-#define KEEP(v) __asm__("" : "+x"(v))
-#else
-#define KEEP(v)
-#endif
-/* the totals of four vectors */
-INLINE void totals(vec a, vec b, vec c, vec d, float *out) {
-    typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
-#if LANES == 16 && defined(__AVX512F__)
-    typedef float eight __attribute__((vector_size(32)));
-#define LOW(p, q) __builtin_shufflevector(p, q, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
-#define HIGH(p, q) __builtin_shufflevector(p, q, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
-    vec ab = LOW(a, b) + HIGH(a, b), cd = LOW(c, d) + HIGH(c, d); /* a0+a2 b0+b2 a1+a3 b1+b3 ... */
-    vec s = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-        + __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    eight e = __builtin_shufflevector(s, s, 0, 1, 2, 3, 4, 5, 6, 7)
-        + __builtin_shufflevector(s, s, 8, 9, 10, 11, 12, 13, 14, 15);
-    *(quad *)out = __builtin_shufflevector(e, e, 0, 1, 2, 3) + __builtin_shufflevector(e, e, 4, 5, 6, 7);
-#undef LOW
-#undef HIGH
-#elif LANES == 8 && defined(__AVX__)
-    vec ab = __builtin_ia32_haddps256(a, b), cd = __builtin_ia32_haddps256(c, d);
-    vec s = __builtin_ia32_haddps256(ab, cd);
-    *(quad *)out = __builtin_shufflevector(s, s, 0, 1, 2, 3)
-        + __builtin_shufflevector(s, s, 4, 5, 6, 7);
-#else
-    out[0] = total(a); out[1] = total(b); out[2] = total(c); out[3] = total(d);
-#endif
-}
-"""
 
 
 def _declare(kind: str, values: dict[str, str]) -> str:
