@@ -9,6 +9,7 @@ computation is faster, what was measured decides (:mod:`sparsify.codegen.cpu.tun
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,7 +23,6 @@ from sparsify.codegen.cpu.linear import quantised
 from sparsify.codegen.routing import fuses, undisturbed
 from sparsify.runtime.dropped import at_budget
 from sparsify.runtime.ffn import RoutedFFN
-from sparsify.runtime.inside import LiveNeurons
 from sparsify.runtime.router import Router
 
 Way = Literal["few", "prefill", "dense"]
@@ -44,6 +44,23 @@ class Arguments(ctypes.Structure):
         ("cut", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("threads", "live", "thin")),
     )
+
+
+@dataclasses.dataclass
+class _Ready:
+    """Arguments of few() for a number of tokens, with room for scores and selection."""
+
+    args: Arguments
+    address: int
+    room: Tensor
+
+    @staticmethod
+    def of(base: Arguments, T: int) -> _Ready:
+        args = Arguments.from_buffer_copy(base)
+        room = torch.empty(T * (args.N + args.R))
+        args.T, args.select = T, room.data_ptr()
+        args.scores = room.data_ptr() + 4 * T * args.N
+        return _Ready(args, ctypes.addressof(args), room)
 
 
 Choose = Callable[[int, float], Way]
@@ -90,6 +107,11 @@ class FfnKernel(Lowered):
         self._key: tuple[Any, ...] = ()
         self._base: Arguments | None = None
         self._kept: list[Tensor] = []  # what the pointers of _base point to
+        self._direct: list[Tensor] = []  # the module's tensors that are read where they lie,
+        self._places: list[int] = []  # which is there,
+        self._copied: list[Tensor] = []  # and those that something was made of, when they
+        self._versions: list[int] = []  # looked so
+        self._spare: dict[int, list[_Ready]] = {}  # by number of tokens
 
     def __call__(self, module: RoutedFFN, x: Tensor) -> Tensor | None:
         """x (..., D) -> (..., D), or None where eager has to run."""
@@ -100,9 +122,15 @@ class FfnKernel(Lowered):
         if base is None:
             return None
         T = x.numel() // base.D
-        way = self.choose(T, 1.0 if self._everything else router.active)
+        everything = self._everything
+        way = self.choose(T, 1.0 if everything else router.active)
         if way == "dense":  # with everything live eager is dense by itself
-            return None if self._everything else self._dense(module, x, x.reshape(T, -1))
+            return None if everything else self._dense(module, x, x.reshape(T, -1))
+        if (
+            way == "few" and self._fuses and not everything and self.dtype is torch.float32
+            and x.is_contiguous() and undisturbed(router)
+        ):  # fmt: skip
+            return self._at_once(module, x, T, base)
         inside = module._modules.get("inside")
         if way == "prefill" and inside is not None:
             return None
@@ -115,6 +143,31 @@ class FfnKernel(Lowered):
         scores = router.scores(x)
         select = router(x, scores).reshape(len(rows), -1)
         return module._masked(rows, select, scores.reshape(len(rows), -1)).view(x.shape)
+
+    def _at_once(self, module: RoutedFFN, x: Tensor, T: int, base: Arguments) -> Tensor:
+        """A few tokens, scored and selected in C too: one call, in a struct that is used again."""
+        spares = self._spare.setdefault(T, [])
+        try:
+            ready = spares.pop()  # nobody else's meanwhile
+        except IndexError:
+            ready = _Ready.of(base, T)
+        args = ready.args
+        y = torch.empty_like(x)
+        args.x, args.y, args.threads = x.data_ptr(), y.data_ptr(), threads()
+        checked(self.few(ready.address))
+        self._count(module, T, args)
+        spares.append(ready)
+        return y
+
+    @staticmethod
+    def _count(module: RoutedFFN, T: int, args: Arguments) -> None:
+        live, counter = args.live, module.counter
+        counter.seen(T, args.N, live)
+        counter.rows += live
+        inside = module._modules.get("inside")
+        if isinstance(inside, LiveNeurons):
+            inside._seen(T, live, args.thin)
+            inside.counter.rows += args.thin
 
     def _run(
         self, way: Way, module: RoutedFFN, x: Tensor, T: int, base: Arguments
@@ -143,15 +196,8 @@ class FfnKernel(Lowered):
             args.router = None
         y = torch.empty_like(wide)
         self._call(self.few if way == "few" else self.prefill, args, T, wide, y, select, scores)
-        live = args.live
-        counter = module.counter
-        counter.seen(T, N, live)
-        counter.rows += live
-        inside = module._modules.get("inside")
-        if isinstance(inside, LiveNeurons):
-            inside._seen(T, live, args.thin)
-            inside.counter.rows += args.thin
-        if way == "prefill" and live < T * N and (args.dropped or args.slopes):
+        self._count(module, T, args)
+        if way == "prefill" and args.live < T * N and (args.dropped or args.slopes):
             known = None if scores is None else scores.view(T, -1)
             y = module.stood_in(y.view(T, -1), select.view(T, N) != 0, known).view(x.shape)
         return y if self.dtype is torch.float32 else y.to(self.dtype)
@@ -194,26 +240,31 @@ class FfnKernel(Lowered):
         took longer than the kernel.
         """
         own, its = module._parameters, router._parameters
-        tensors: list[Tensor | None] = [own.get(n) for n in _OWN]
-        tensors += [its["weight"], its["bias"], router._buffers.get("order")]
         inside = module._modules.get("inside")
-        dial: tuple[Any, ...] = (everything, router.active, router.k_exact, router.selector)
+        cut = router._cut
+        key: tuple[Any, ...] = (
+            everything, router.active, router.k_exact, router.selector,
+            id(cut) if isinstance(cut, Tensor) else cut,
+            *map(id, map(own.get, _OWN)), id(its["weight"]), id(its["bias"]),
+        )  # fmt: skip
         if isinstance(inside, LiveNeurons):
-            tensors += [own.get("offset"), inside._buffers["scale"], inside._buffers.get("centre")]
-            dial += (inside.setting, id(inside.selector), id(inside._cut))
-        key = (
-            dial,
-            id(router._cut) if isinstance(router._cut, Tensor) else router._cut,
-            [None if t is None else (t.data_ptr(), version(t)) for t in tensors],
-        )
-        if key != self._key:
-            self._base = None
-            packed = [own[n] for n in ("up", "gate", "down") if own.get(n) is not None]
-            if usable(packed, [self.dtype] * len(packed)):
-                self._everything = router.all_live if everything is None else everything
-                self._base, self._kept = self._read(module, router)
-            self._fuses = fuses(router)
-            self._key = key if router._cut is key[1] or isinstance(router._cut, Tensor) else ()
+            key += (inside.setting, id(inside.selector), id(inside._cut))
+        if key == self._key:
+            direct, copied = self._direct, self._copied
+            if [t.data_ptr() for t in direct] == self._places and (
+                [version(t) for t in copied] == self._versions
+            ):
+                return self._base
+        self._base, self._spare, self._direct, self._copied = None, {}, [], []
+        packed = [own[n] for n in ("up", "gate", "down") if own.get(n) is not None]
+        if usable(packed, [self.dtype] * len(packed)):
+            self._everything = router.all_live if everything is None else everything
+            self._base, self._kept = self._read(module, router)
+        self._places = [t.data_ptr() for t in self._direct]
+        self._versions = [version(t) for t in self._copied]
+        self._fuses = fuses(router)
+        steady = router._cut is cut or isinstance(router._cut, Tensor)  # reading it may have set it
+        self._key = key if steady else ()
         return self._base
 
     def _read(self, module: RoutedFFN, router: Router) -> tuple[Arguments | None, list[Tensor]]:
@@ -228,10 +279,15 @@ class FfnKernel(Lowered):
             value = value.float().contiguous() if wide else value.contiguous()
             kept.append(value)
             setattr(args, name, value.data_ptr())
+            if value.data_ptr() == tensor.data_ptr():
+                self._direct.append(tensor)
+            else:
+                self._copied.append(tensor)
 
         for name in ("up", "gate", "down"):
             packed = getattr(module, name)
             if self.int8 and packed is not None:
+                self._copied.append(packed)
                 packed, scale = quantised(packed.detach().flatten(0, 1))
                 put(f"{name}_scale", scale)
             put(name, packed, wide=False)
@@ -242,10 +298,11 @@ class FfnKernel(Lowered):
         put("order", router.order, wide=False)
         if not self._everything:
             at, active = module.dropped_at, router.active
-            if module.dropped is not None:
-                put("dropped", at_budget(module.dropped, at, active))
-            if module.slopes is not None:
-                put("slopes", at_budget(module.slopes, at, active))
+            for name in ("dropped", "slopes"):
+                table = getattr(module, name)
+                if table is not None:
+                    self._copied.append(table)
+                    put(name, at_budget(table, at, active))
         inside = module.inside
         if inside is not None:
             cut = -1.0 if inside.all_live else inside.threshold
