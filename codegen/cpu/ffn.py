@@ -23,6 +23,7 @@ from sparsify.codegen.cpu.linear import quantised
 from sparsify.codegen.routing import fuses, undisturbed
 from sparsify.runtime.dropped import at_budget
 from sparsify.runtime.ffn import RoutedFFN
+from sparsify.runtime.inside import LiveNeurons
 from sparsify.runtime.router import Router
 
 Way = Literal["few", "prefill", "dense"]
