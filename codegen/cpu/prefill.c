@@ -21,7 +21,7 @@
 #define SLICE 4096          /* tokens of a call of slice() */
 #define COLUMNS (4 * SIDE)  /* of a strip of outputs, at most */
 #define SOON 16             /* neurons whose h is asked for before it is written */
-#define RUN 128             /* neurons of a tile of down: half of the first cache */
+#define RUN 128             /* neurons of a tile of down, at most: half of the first cache */
 
 /* select from scores, tokens shared out over the threads */
 int64_t routes(ffn *a)
@@ -269,16 +269,17 @@ typedef struct { int64_t e, count; float *h; } live; /* an expert, its tokens an
 static void columns(const ffn *a, const live *of, int64_t lives, const int64_t *first, const int32_t *token, int64_t c, int64_t wide, float *strip, float *tile)
 {
     int64_t D = a->D, T = a->T, m = a->m, pitch = (wide + SIDE - 1) / SIDE * SIDE;
+    int64_t runs = (m + RUN - 1) / RUN, run = ((m + runs - 1) / runs + 7) / 8 * 8; /* alike */
     memset(tile, 0, sizeof(float) * RUN * pitch);
     memset(strip, 0, sizeof(float) * T * pitch);
     if (a->down_bias)
         for (int64_t t = 0; t < T; t++) memcpy(strip + t * pitch, a->down_bias + c, sizeof(float) * wide);
     for (int64_t i = 0; i < lives; i++) {
         int64_t e = of[i].e, n = of[i].count;
-        for (int64_t j0 = 0; j0 < m; j0 += RUN) {
-            int64_t size = MIN(RUN, m - j0);
+        for (int64_t j0 = 0; j0 < m; j0 += run) {
+            int64_t size = MIN(run, m - j0);
             const weight_t *from = a->down + (e * m + j0) * D + c, *next = NULL;
-            if (j0 + RUN < m) next = from + RUN * D;
+            if (j0 + run < m) next = from + run * D;
             else if (i + 1 < lives) next = a->down + of[i + 1].e * m * D + c;
             for (int64_t j = 0; j < size; j++, from += D) { /* SIDE columns of all neurons, then the next */
                 int64_t k = 0;
@@ -336,6 +337,7 @@ static int64_t slice(ffn *a)
     }
     int64_t per = GATED ? 2 : 1, threads = a->threads > 0 ? a->threads : 1;
     int64_t chunks = (m * per + MOST - 1) / MOST, each = (m + chunks - 1) / chunks;
+    each = (each + PACK / per - 1) / (PACK / per) * (PACK / per); /* whole groups of rows */
     int64_t strips = threads * ((D + threads * COLUMNS - 1) / (threads * COLUMNS));
     int64_t wide = ((D + strips - 1) / strips + SIDE - 1) / SIDE * SIDE;
     int64_t own = MAX(PANELS + PACK * PITCH + (MOST + 2 * PACK) * LDO, T * wide + RUN * wide);
