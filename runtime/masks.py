@@ -48,9 +48,14 @@ def masks_of(graph: fx.Graph) -> list[fx.Node]:
 
 def keep_masks(graph: fx.Graph) -> None:
     """Give the masks instead of the outputs; nothing else is computed."""
-    masks = masks_of(graph)
-    graph.output_node().args = (tuple(masks),)
-    graph.eliminate_dead_code()
+    output = graph.output_node()
+    output.args = (tuple(masks_of(graph)),)
+    used: set[fx.Node] = {output}
+    for node in reversed(graph.nodes):
+        if node in used:
+            used.update(node.all_input_nodes)
+        elif node.op != "placeholder":  # torch's dead code elimination would keep attention
+            graph.erase_node(node)
 
 
 def drop_masks(graph: fx.Graph) -> None:
