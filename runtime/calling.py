@@ -48,19 +48,21 @@ class Slot:
         """Raise NotCaptured where ``tensor`` is not covered."""
         sizes = tensor.shape
         fixed, capped = self._plan  # dozens of cached tensors pass here for every decoded token
-        fits = len(sizes) == len(self.shape) and all([sizes[axis] == n for axis, n in fixed])
+        fits = len(sizes) == len(self.shape)
+        for axis, size in fixed:
+            fits = fits and sizes[axis] == size
         if not fits:
-            sizes = tuple(sizes)
+            have, covered = _sizes(tuple(sizes)), _sizes(self.shape)
             raise NotCaptured(
-                f"'{self.name}' has shape {_sizes(sizes)}, the graph covers {_sizes(self.shape)}",
+                f"'{self.name}' has shape {have}, the graph covers {covered}",
                 why="sizes shown as numbers were fixed when the model was captured",
                 help="capture again with an example of this shape",
             )
         for axis, most in capped:
-            have = sizes[axis]
-            if have > most:
+            if sizes[axis] > most:
+                size = sizes[axis]
                 raise NotCaptured(
-                    f"'{self.name}' has size {have} in dimension {axis}; the graph covers {most}",
+                    f"'{self.name}' has size {size} in dimension {axis}; the graph covers {most}",
                     why="the model behaves differently beyond that size",
                     help="capture again with a longer example",
                 )

@@ -18,8 +18,7 @@ def fix_tokens(graph: fx.Graph) -> None:
         if node.target is not aten.sym_size.int or node.args[1] != 1:
             continue
         for user in list(node.users):
-            user.args = fx.map_arg(user.args, lambda a, was=node: 1 if a is was else a)
-            user.kwargs = fx.map_arg(user.kwargs, lambda a, was=node: 1 if a is was else a)
+            _replace(user, node, 1)
         graph.erase_node(node)
 
 
@@ -66,8 +65,18 @@ def drop_masks(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+def _replace(user: fx.Node, was: fx.Node, number: int) -> None:
+    """Let ``user`` read a number where it read the node ``was``."""
+
+    def read(node: fx.Node) -> Any:
+        return number if node is was else node
+
+    user.args, user.kwargs = fx.map_arg(user.args, read), fx.map_arg(user.kwargs, read)
+
+
 def _first(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op == "placeholder")
+    first: fx.Node = next(node for node in graph.nodes if node.op == "placeholder")
+    return first
 
 
 def _attention(graph: fx.Graph) -> list[fx.Node]:

@@ -86,11 +86,12 @@ class Straight:
 
 
 def _plainly(inputs: Sequence[Any]) -> bool:
-    """Real data on the CPU, for inference, and nobody who watches operations."""
+    """Real data on the CPU, for inference, and nobody who watches or casts operations."""
     return (
         not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and _get_current_dispatch_mode() is None
         and all(type(x) is int or (type(x) is Tensor and x.is_cpu) for x in inputs)
     )
@@ -118,8 +119,8 @@ def _plan(module: fx.GraphModule, one: bool) -> _Plan:
     drop_masks(opened)
     done = tidy(opened, tokens)
     tidy(graph, tokens)
-    runs = (function(g, module) for g in (graph, only, opened))
-    return _Plan(*runs, done=done)
+    run, makes, unmasked = (function(g, module) for g in (graph, only, opened))
+    return _Plan(run, makes, unmasked, done)
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

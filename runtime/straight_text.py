@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
+from torch.nn.modules import module as _hooks
 
 aten = torch.ops.aten
 Function = Callable[..., tuple[Any, ...]]
@@ -52,15 +53,27 @@ def function(graph: fx.Graph, module: nn.Module) -> Function:
     """What ``graph`` computes on the weights and modules of ``module``, as its dictionaries hold
     them at every call; positional inputs, a tuple of outputs."""
     source, names = text_of(graph)
-    names["root"] = module
+    names |= {"root": module, "unusual": unusual}
     scope: dict[str, Any] = names
     exec(compile(source, "<sparsify graph>", "exec"), scope)
     made: Function = scope["run"]
     return made
 
 
+def unusual(module: Any) -> bool:
+    """Whether a call does more than to ask the kernel: hooks, or another way of dispatch."""
+    return bool(
+        module.dispatch != "auto"
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or _hooks._global_forward_hooks
+        or _hooks._global_forward_pre_hooks
+    )
+
+
 def text_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
-    """The source of ``run`` and the objects that it names, without ``root``, the module."""
+    """The source of ``run`` and the objects that it names, without
+    ``root`` (the module) and ``unusual``."""
     return _Printer(graph).text()
 
 
@@ -100,9 +113,24 @@ class _Printer:
             called = self._object(DIRECT.get(target, target))
             self._lines.append(f"{name} = {called}({self._arguments(node)})")
         elif node.op == "call_module":
-            self._lines.append(f"{name} = {self._module(str(target))}({self._arguments(node)})")
+            self._call(self._module(str(target)), node, name)
         else:
             self._weight(str(target), name)
+
+    def _call(self, module: str, node: fx.Node, name: str) -> None:
+        """A module's kernel where it has one and nobody hooked in, else the module."""
+        given = self._arguments(node)
+        plain = f"{module}({given})"
+        if node.kwargs:
+            self._lines.append(f"{name} = {plain}")
+            return
+        self._lines += [
+            f"k = getattr({module}, 'kernel', None)",
+            f"if k is None or unusual({module}): {name} = {plain}",
+            "else:",
+            f"    {name} = k({module}, {given})",
+            f"    if {name} is None: {name} = {plain}",
+        ]
 
     def _weight(self, target: str, name: str) -> None:
         """A parameter; a buffer or what a parametrisation computes, by attribute."""

@@ -99,7 +99,7 @@ def _unrepeated(node: Any) -> tuple[fx.Node, int, int] | None:
 
 
 def rolled(graph: fx.Graph) -> int:
-    """``cat(-x[half:], x[:half]) * s`` -> ``roll(x, half) * s'``, s' = s with its first half negated.
+    """``cat(-x[half:], x[:half]) * s`` -> ``roll(x, half) * s'``, s' = s with -s[:half].
 
     ``(-x) * s`` and ``x * (-s)`` are the same number; s' is made once for all layers that use s.
     Done where x is two halves wide for certain, and s is as wide (its last dimension was put
