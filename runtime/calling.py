@@ -8,6 +8,7 @@ optional but the ids, as in transformers). Both are plain JSON-able data.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -36,22 +37,32 @@ class Slot:
     limits: tuple[int | None, ...] = ()
     floating: bool = False
 
+    @functools.cached_property
+    def _plan(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """(dimension, size) of what is fixed, and of what is limited."""
+        fixed = [(axis, size) for axis, size in enumerate(self.shape) if size is not None]
+        limits = self.limits[: len(self.shape)]
+        return fixed, [(axis, most) for axis, most in enumerate(limits) if most is not None]
+
     def check(self, tensor: Tensor) -> None:
         """Raise NotCaptured where ``tensor`` is not covered."""
-        sizes = tuple(tensor.shape)
-        fits = len(sizes) == len(self.shape) and all(
-            want is None or want == have for want, have in zip(self.shape, sizes, strict=True)
-        )
+        sizes = tensor.shape
+        fixed, capped = self._plan  # dozens of cached tensors pass here for every decoded token
+        fits = len(sizes) == len(self.shape)
+        for axis, size in fixed:
+            fits = fits and sizes[axis] == size
         if not fits:
+            have, covered = _sizes(tuple(sizes)), _sizes(self.shape)
             raise NotCaptured(
-                f"'{self.name}' has shape {_sizes(sizes)}, the graph covers {_sizes(self.shape)}",
+                f"'{self.name}' has shape {have}, the graph covers {covered}",
                 why="sizes shown as numbers were fixed when the model was captured",
                 help="capture again with an example of this shape",
             )
-        for axis, (have, most) in enumerate(zip(sizes, self.limits, strict=False)):
-            if most is not None and have > most:
+        for axis, most in capped:
+            if sizes[axis] > most:
+                size = sizes[axis]
                 raise NotCaptured(
-                    f"'{self.name}' has size {have} in dimension {axis}; the graph covers {most}",
+                    f"'{self.name}' has size {size} in dimension {axis}; the graph covers {most}",
                     why="the model behaves differently beyond that size",
                     help="capture again with a longer example",
                 )

@@ -20,6 +20,7 @@ from sparsify.runtime.calling import CallSpec, CausalCall
 from sparsify.runtime.graph import clone, placement
 from sparsify.runtime.lasttokens import LastTokens
 from sparsify.runtime.precision import move
+from sparsify.runtime.straight import Straight
 from sparsify.runtime.trees import record
 
 # Arguments of transformers' causal models that ask for what the graph does not compute.
@@ -69,6 +70,7 @@ class SparseModel(nn.Module):
         self.tokenizer: Any = None
         self._borrowed = borrowed
         self._last_tokens = LastTokens()
+        self._straight = Straight()
         self._adopt(graph)
         self.eval()
 
@@ -101,7 +103,7 @@ class SparseModel(nn.Module):
         if isinstance(self.call_spec, CausalCall):
             return self._forward_causal(*args, **kwargs)
         flat = self.call_spec.flatten(args, kwargs)
-        return self.call_spec.unflatten(self.graph.forward(*flat))
+        return self.call_spec.unflatten(self._straight.run(self.graph, flat))
 
     def _forward_causal(
         self,
@@ -153,9 +155,11 @@ class SparseModel(nn.Module):
             input_ids, attention_mask, position_ids, past,
             dtype=None if past else self.dtype,  # looking through all weights takes a millisecond
         )  # fmt: skip
-        if isinstance(keep, int) and 0 < keep < input_ids.shape[1]:
+        tokens = input_ids.shape[1]
+        if isinstance(keep, int) and 0 < keep < tokens:
             return self.call_spec.unflatten(self._last_tokens.run(self.graph, flat, keep))
-        logits, cache = self.call_spec.unflatten(self.graph.forward(*flat))
+        found = self._straight.run(self.graph, flat, one=tokens == 1)
+        logits, cache = self.call_spec.unflatten(found)
         return (logits[:, keep] if isinstance(keep, Tensor) else logits), cache
 
     def refuse(self, others: Mapping[str, Any]) -> None:

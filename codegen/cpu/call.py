@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ _KINDS: dict[str, Any] = {
 _HERE = Path(__file__).parent
 Made = tuple[tuple[int, ...], int, Any]  # what it was made of, its address, what it keeps alive
 UNMADE: Made = ((), 0, None)
+# Ways of a projection (sparsify.codegen.cpu.choice measures them): the C kernel; dead inputs
+# multiplied as zeros, or dead outputs dropped; the plain product where all is live.
+Way = Literal["few", "dense", "whole"]
+Cuts = tuple[float, ...]  # of 0 to FEW tokens: the live share from which dense is faster
+NEVER: Cuts = (math.inf,) * (FEW + 1)
 
 
 class Lowered:

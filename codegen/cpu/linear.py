@@ -3,7 +3,8 @@
 ``rows.c`` does what :class:`sparsify.runtime.inputs.RoutedLinear` does: subtract the centre, score
 ``|x - centre| * scale``, keep what is above the threshold (or the k highest), and add up the live
 rows of ``columns`` (in, out), the offset and the bias. Beyond eight tokens nearly every row is live
-for some token, and eager's masked product runs.
+for some token, and eager's masked product runs. So it does for fewer where enough is live and it
+was measured to be faster (:mod:`sparsify.codegen.cpu.choice`).
 
 int8: one scale per row, ``columns[j] ~ q[j] * s[j]`` with ``s[j] = max |columns[j]| / 127``. It is
 asked for, never chosen, since it changes results, and it is the one case with a copy of weights.
@@ -12,6 +13,7 @@ asked for, never chosen, since it changes results, and it is the one case with a
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +22,12 @@ from torch import Tensor
 from sparsify.codegen.cpu import build
 from sparsify.codegen.cpu.call import (
     FEW,
+    NEVER,
     UNMADE,
+    Cuts,
     Lowered,
     Made,
+    Way,
     address,
     checked,
     dtype_of,
@@ -64,56 +69,127 @@ class LinearKernel(Lowered):
             raise Refused(f"CPU kernels of projections select by threshold or top-k, not {rule}")
         self.inputs, self.outputs = module.columns.shape
         self.run = function("rows", "routed_linear", self.dtype, "pppllfi", int8=int8)
+        name = str(self.dtype).removeprefix("torch.")
+        self.key = f"linear-{self.inputs}x{self.outputs}-{name}"
+        self.dense = not int8  # another result: nothing to choose
+        self.cuts: Cuts = NEVER
         self._made: Made = UNMADE
-        self._turned: tuple[Any, int] = (None, 0)
+        self._turned: tuple[Any, int, float] = (None, 0, 1.0)
+        self._shape: Any = None  # of the last input, and what follows from it
+        self._sizes: tuple[int, tuple[int, ...]] = (0, ())
 
     def __call__(self, module: RoutedLinear, x: Tensor) -> Tensor | None:
-        inputs = self.inputs
-        if not plain(x, self.dtype) or not x.dim() or x.size(-1) != inputs:
+        if not plain(x, self.dtype):
             return None
-        tokens = x.numel() // inputs
-        if not 0 < tokens <= FEW:
+        if x.shape != self._shape:
+            self._shape, self._sizes = x.shape, self._sizes_of(x)
+        tokens, shape = self._sizes
+        if not tokens:
             return None
         select: Magnitude = module._modules["select"]  # type: ignore[assignment]
-        keep, made = self._keep(select), self._struct(module, select)
+        keep, share = self._keep(select)
+        if keep is None:
+            return None
+        if share >= self.cuts[tokens]:
+            return self._dense(module, select, x.reshape(tokens, -1)).view(shape)
+        made = self._struct(module, select)
         threshold = select.threshold if keep == THRESHOLD else 0.0
-        if not made or keep is None or isinstance(threshold, Tensor):
+        if not made or isinstance(threshold, Tensor):
             return None
         x = x if x.is_contiguous() else x.contiguous()
-        y = x.new_empty((*x.shape[:-1], self.outputs))
+        y = x.new_empty(shape)
         pairs = self.run(made, x.data_ptr(), y.data_ptr(), tokens, keep, threshold, build.threads())
         counter = module.counter
-        counter.seen(tokens, inputs, checked(pairs))
+        counter.seen(tokens, self.inputs, checked(pairs))
         counter.rows += pairs
         return y
 
-    def forget(self) -> None:
-        self._made, self._turned = UNMADE, (None, 0)
+    def _dense(self, module: RoutedLinear, select: Magnitude, rows: Tensor) -> Tensor:
+        """rows (T, in) -> (T, out): dead inputs count as zero."""
+        tokens, inputs = rows.shape
+        live = None
+        pairs = tokens * inputs
+        rows = select.centred(rows)
+        if not select.all_live:
+            live = select.live(select.scores(rows))
+            pairs = int(torch.count_nonzero(live))
+        module.counter.seen(tokens, inputs, pairs)
+        module.counter.rows += tokens * inputs
+        return self._product(module, rows, live)
 
-    def _keep(self, select: Magnitude) -> int | None:
-        """How many inputs are live, or THRESHOLD; None where somebody else decides."""
+    @staticmethod
+    def _product(module: RoutedLinear, rows: Tensor, live: Tensor | None) -> Tensor:
+        y = (rows if live is None else rows.masked_fill(~live, 0.0)) @ module.columns
+        if module.offset is not None:
+            y = y + module.offset
+        return y if module.bias is None else y + module.bias
+
+    def trial(
+        self, module: RoutedLinear, way: Way, tokens: int, share: float
+    ) -> Callable[[], Tensor]:
+        """A call with that share of the inputs live; nothing is counted."""
+        select = module.select
+        x = torch.randn(tokens, self.inputs).to(self.dtype)
+        scores = select.scores(select.centred(x))
+        cut = -1.0 if share >= 1 else float(scores.flatten().quantile(1 - share))
+        if way == "whole":
+            return lambda: self._product(module, select.centred(x), None)
+        if way == "dense":
+            return lambda: self._product(
+                module, select.centred(x), select.scores(select.centred(x)) > cut
+            )
+        made = self._struct(module, select)
+
+        def run() -> Tensor:
+            y = x.new_empty((tokens, self.outputs))
+            threads = build.threads()
+            self.run(made, x.data_ptr(), y.data_ptr(), tokens, THRESHOLD, cut, threads)
+            return y
+
+        return run
+
+    def _sizes_of(self, x: Tensor) -> tuple[int, tuple[int, ...]]:
+        """How many tokens ``x`` holds, and the shape of the result; 0 tokens to decline."""
+        if not x.dim() or x.size(-1) != self.inputs:
+            return 0, ()
+        tokens = x.numel() // self.inputs
+        return tokens if tokens <= FEW else 0, (*x.shape[:-1], self.outputs)
+
+    def forget(self) -> None:
+        self._made, self._turned = UNMADE, (None, 0, 1.0)
+
+    def _keep(self, select: Magnitude) -> tuple[int | None, float]:
+        """How many inputs are live, or THRESHOLD, and their share; None where others decide."""
         if "live" in select.__dict__ or "scores" in select.__dict__:
-            return None  # watched while it trains (runtime/training.py)
+            return None, 1.0  # watched while it trains (runtime/training.py)
         state = (select.active, select.k_exact, select.selector)
         if self._turned[0] != state:
             rule = select.selector
             if type(rule) not in (TopK, Threshold):
-                return None
-            keep = self.inputs
+                return None, 1.0
+            keep, share = self.inputs, 1.0
             if not select.all_live:
                 keep = THRESHOLD if rule.mean else int(select.budget)
-            self._turned = (state, keep)
-        return self._turned[1]
+                share = min(select.budget / self.inputs, 0.999)
+            self._turned = (state, keep, share)
+        return self._turned[1:]
 
     def _struct(self, module: RoutedLinear, select: Magnitude) -> int:
         """The address of the module's struct; 0 where C cannot read its tensors."""
         parameters, buffers = module._parameters, select._buffers  # not through __getattr__
         columns, scale = parameters["columns"], buffers["scale"]
         bias, offset, centre = parameters.get("bias"), parameters.get("offset"), buffers["centre"]
+        copied = 0
+        if self.int8 or (scale is not None and scale.dtype is not torch.float32):
+            copied = self._copied(columns, scale)
         now = (
-            address(columns), address(offset), address(bias), address(scale), address(centre),
-            self._copied(columns, scale),
-        )  # fmt: skip
+            0 if columns is None else columns.data_ptr(),
+            0 if offset is None else offset.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if centre is None else centre.data_ptr(),
+            copied,
+        )
         have, made, _ = self._made
         if have == now:
             return made

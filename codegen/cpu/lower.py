@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsify.codegen.cpu.attend import AttendKernel
+from sparsify.codegen.cpu.choice import Tuned, tune
 from sparsify.codegen.cpu.ffn import FfnKernel
-from sparsify.codegen.cpu.heads import ColumnsKernel, RowsKernel
+from sparsify.codegen.cpu.heads import ColumnsKernel, HeadsKernel, RowsKernel
 from sparsify.codegen.cpu.linear import LinearKernel
 from sparsify.codegen.cpu.tune import chooser, table_of, told
 from sparsify.codegen.elementwise import CannotLower
@@ -45,8 +46,11 @@ def kernels_of(modules: Sequence[RoutedModule], *, int8: bool = False) -> tuple[
         for kernel in kernels:
             kernel.choose = choose
         return [*kernels], told(table)
+    made = [kernel_of(module, int8=int8) for module in modules]
     text = "C kernel for up to 8 tokens, then eager"
-    return [kernel_of(module, int8=int8) for module in modules], text
+    tuned: list[Tuned] = [k for k in made if isinstance(k, LinearKernel | HeadsKernel)]
+    found = tune(modules, tuned) if tuned else ""
+    return [*made], f"{text}; {found}" if found else text
 
 
 def kernel_of(module: RoutedModule, *, int8: bool = False) -> Kernel:

@@ -12,8 +12,8 @@ import bisect
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,7 +28,9 @@ SHARES = (0.25, 1.0)
 VERSION = 3  # of the kernels: a new one is measured anew
 SECONDS = 0.3  # spent on one way at one number of tokens, about
 
-Table = dict[Way, dict[int, tuple[float, float]]]  # tokens -> seconds at SHARES
+Times = dict[int, tuple[float, float]]  # tokens -> seconds at SHARES
+Table = dict[Way, Times]
+W = TypeVar("W", bound=str)
 
 
 def key_of(module: RoutedFFN, int8: bool = False) -> str:
@@ -64,7 +66,7 @@ def measure(modules: Sequence[RoutedFFN], kernels: Sequence[FfnKernel]) -> Table
                     continue
                 if way == "prefill" and (tokens == 1 or modules[0].inside is not None):
                     continue
-                times = [_seconds(_call(kernels, way, modules, x, s)) for s in SHARES]
+                times = [timed(_call(kernels, way, modules, x, s)) for s in SHARES]
                 table[way][tokens] = (times[0], times[1])
     return table
 
@@ -87,7 +89,8 @@ def _call(
     return lambda n: kernels[n % count].compute(way, modules[n % count], x, select)
 
 
-def _seconds(call: Callable[[int], Any]) -> float:
+def timed(call: Callable[[int], Any]) -> float:
+    """Median seconds of the calls with 1, 2, 3 and so on."""
     found: list[float] = []
     end = time.perf_counter() + SECONDS
     number = 0
@@ -100,7 +103,7 @@ def _seconds(call: Callable[[int], Any]) -> float:
     return statistics.median(found)
 
 
-def seconds(table: Table, way: Way, tokens: int, active: float) -> float:
+def seconds(table: Mapping[W, Times], way: W, tokens: int, active: float) -> float:
     """Expected time; infinite where the way was not measured."""
     times = table[way]
     known = sorted(times)

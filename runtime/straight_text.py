@@ -1,0 +1,174 @@
+"""A graph printed as a Python function over the dictionaries of its module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.nn.modules import module as _hooks
+
+aten = torch.ops.aten
+Function = Callable[..., tuple[Any, ...]]
+
+# Overload -> what calls the same one through torch's own argument parser: a third to two thirds of
+# the time of a call through torch.ops (1.2 us instead of 2.0 for a product of 576 numbers).
+DIRECT: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.mul.Tensor: torch.mul,
+    aten.div.Tensor: torch.div,
+    aten.neg.default: torch.neg,
+    aten.pow.Tensor_Scalar: torch.pow,
+    aten.rsqrt.default: torch.rsqrt,
+    aten.sqrt.default: torch.sqrt,
+    aten.sin.default: torch.sin,
+    aten.cos.default: torch.cos,
+    aten.tanh.default: torch.tanh,
+    aten.sigmoid.default: torch.sigmoid,
+    aten.relu.default: torch.relu,
+    aten.silu.default: torch._C._nn.silu,
+    aten.gelu.default: torch._C._nn.gelu,
+    aten.mean.dim: torch.mean,
+    aten.softmax.int: torch.softmax,
+    aten.matmul.default: torch.matmul,
+    aten.addmm.default: torch.addmm,
+    aten.linear.default: functional.linear,
+    aten.layer_norm.default: torch.layer_norm,
+    aten.scaled_dot_product_attention.default: functional.scaled_dot_product_attention,
+    aten.cat.default: torch.cat,
+    aten.roll.default: torch.roll,
+    aten.reshape.default: torch.reshape,
+    aten.unsqueeze.default: torch.unsqueeze,
+    aten.transpose.int: torch.transpose,
+    aten.permute.default: torch.permute,
+    aten.expand.default: torch.Tensor.expand,
+    aten.sym_size.int: torch.Tensor.size,
+}
+
+
+def function(graph: fx.Graph, module: nn.Module) -> Function:
+    """What ``graph`` computes on the weights and modules of ``module``, as its dictionaries hold
+    them at every call; positional inputs, a tuple of outputs."""
+    source, names = text_of(graph)
+    names |= {"root": module, "unusual": unusual}
+    scope: dict[str, Any] = names
+    exec(compile(source, "<sparsify graph>", "exec"), scope)
+    made: Function = scope["run"]
+    return made
+
+
+def unusual(module: Any) -> bool:
+    """Whether a call does more than to ask the kernel: hooks, or another way of dispatch."""
+    return bool(
+        module.dispatch != "auto"
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or _hooks._global_forward_hooks
+        or _hooks._global_forward_pre_hooks
+    )
+
+
+def text_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    """The source of ``run`` and the objects that it names, without
+    ``root`` (the module) and ``unusual``."""
+    return _Printer(graph).text()
+
+
+class _Printer:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.names: dict[str, Any] = {}
+        self._named: dict[int, str] = {}
+        self._values: dict[fx.Node, str] = {}
+        self._modules: dict[str, str] = {"": "root"}
+        self._lines: list[str] = []
+
+    def text(self) -> tuple[str, dict[str, Any]]:
+        last = {used: node for node in self.graph.nodes for used in node.all_input_nodes}
+        inputs: list[str] = []
+        for number, node in enumerate(self.graph.nodes):
+            if node.op == "output":
+                outputs = "".join(f"{self._of(value)}, " for value in node.args[0])
+                self._lines.append(f"return ({outputs})")
+                break
+            name = self._values[node] = f"v{number}"
+            if node.op == "placeholder":
+                inputs.append(name)
+                continue
+            self._statement(node, name)
+            done = [self._values[used] for used in node.all_input_nodes if last[used] is node]
+            if node not in last:
+                done.append(name)
+            if done:  # frees memory as early as the graph's own code does
+                self._lines.append(f"{' = '.join(done)} = None")
+        body = "".join(f"    {line}\n" for line in self._lines)
+        return f"def run({', '.join(inputs)}):\n{body}", self.names
+
+    def _statement(self, node: fx.Node, name: str) -> None:
+        target = node.target
+        if node.op == "call_function":
+            called = self._object(DIRECT.get(target, target))
+            self._lines.append(f"{name} = {called}({self._arguments(node)})")
+        elif node.op == "call_module":
+            self._call(self._module(str(target)), node, name)
+        else:
+            self._weight(str(target), name)
+
+    def _call(self, module: str, node: fx.Node, name: str) -> None:
+        """A module's kernel where it has one and nobody hooked in, else the module."""
+        given = self._arguments(node)
+        plain = f"{module}({given})"
+        if node.kwargs:
+            self._lines.append(f"{name} = {plain}")
+            return
+        self._lines += [
+            f"k = getattr({module}, 'kernel', None)",
+            f"if k is None or unusual({module}): {name} = {plain}",
+            "else:",
+            f"    {name} = k({module}, {given})",
+            f"    if {name} is None: {name} = {plain}",
+        ]
+
+    def _weight(self, target: str, name: str) -> None:
+        """A parameter; a buffer or what a parametrisation computes, by attribute."""
+        owner, _, leaf = target.rpartition(".")
+        at = self._module(owner)
+        self._lines.append(f"{name} = {at}._parameters.get({leaf!r})")
+        self._lines.append(f"if {name} is None: {name} = getattr({at}, {leaf!r})")
+
+    def _module(self, path: str) -> str:
+        """The variable that holds the module, read from the dictionaries on the way once."""
+        if path not in self._modules:
+            owner, _, leaf = path.rpartition(".")
+            at = self._module(owner)
+            name = self._modules[path] = f"m{len(self._modules)}"
+            self._lines.append(f"{name} = {at}._modules[{leaf!r}]")
+        return self._modules[path]
+
+    def _arguments(self, node: fx.Node) -> str:
+        given = [self._of(value) for value in node.args]
+        given += [f"{key}={self._of(value)}" for key, value in node.kwargs.items()]
+        return ", ".join(given)
+
+    def _of(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self._values[value]
+        if type(value) in (int, bool, str, type(None)):
+            return repr(value)
+        if isinstance(value, list):
+            return f"[{', '.join(map(self._of, value))}]"
+        if isinstance(value, tuple):
+            return f"({''.join(f'{self._of(item)}, ' for item in value)})"
+        if isinstance(value, slice):
+            return f"slice({self._of((value.start, value.stop, value.step))[1:-1]})"
+        return self._object(value)  # floats too: infinity and NaN have no spelling
+
+    def _object(self, value: Any) -> str:
+        name = self._named.get(id(value))
+        if name is None:
+            name = self._named[id(value)] = f"c{len(self._named)}"
+            self.names[name] = value  # which also keeps its id from being given again
+        return name
