@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from sparsify.codegen.plan import grouped
-from sparsify.core import Refused, Remark
+from sparsify.core import Refused, Remark, RemarkKind
 from sparsify.errors import MissingDependency
 from sparsify.runtime.depth import RoutedLayer
+from sparsify.runtime.model import SparseModel
 from sparsify.runtime.spec import RoutedModule
 
 LOWERINGS = {"cpu": "sparsify.codegen.cpu.lower", "cuda": "sparsify.codegen.triton.lower"}
+DENSE = "sparsify.codegen.cpu.products"
 Progress = Callable[[str, int, int], None]
 
 
@@ -41,6 +43,8 @@ def lower(
             progress("lower", number, len(groups))
         paths, modules = [path for path, _ in group], [module for _, module in group]
         remarks += _lower_alike(paths, modules, device, int8)
+    if isinstance(model, SparseModel):
+        remarks.append(_lower_dense(model, device))
     if progress is not None:
         progress("lower", len(groups), len(groups))
     order = {path: at for at, (path, _) in enumerate(model.named_modules())}
@@ -50,6 +54,21 @@ def lower(
 def lower_module(module: RoutedModule, *, int8: bool = False) -> Remark:
     """:func:`lower` for one module by itself."""
     return _lower_alike([""], [module], _device(module), int8)[0]
+
+
+def _lower_dense(model: SparseModel, device: str) -> Remark:
+    """What is left dense: on CPUs, products of a few tokens have a kernel too."""
+    model.kernel, suggestion = None, None
+    try:
+        if device != "cpu":
+            raise Refused(f"dense products on {device} are torch's")
+        model.kernel, text = importlib.import_module(DENSE).products_of(model.graph)
+    except Refused as error:
+        text = error.reason
+    except MissingDependency as error:
+        text, suggestion = error.what, error.help
+    kind: RemarkKind = "applied" if model.kernel else "left"
+    return Remark(kind, "lower", "", "dense products", text, suggestion)
 
 
 def _device(model: nn.Module) -> str:

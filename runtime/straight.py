@@ -17,7 +17,7 @@ modules are looked up in every call, so they can be replaced.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,27 +59,40 @@ class Straight:
     """Keeps what was made of a graph for as long as the graph does not change."""
 
     def __init__(self) -> None:
-        self._plans: dict[tuple[int, bool], tuple[str, _Plan]] = {}
+        self._plans: dict[tuple[int, bool, int], tuple[str, Any, _Plan]] = {}
 
-    def run(self, module: fx.GraphModule, inputs: Sequence[Any], *, one: bool = False) -> Outputs:
+    def run(
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        one: bool = False,
+        product: Callable[..., Tensor] | None = None,
+    ) -> Outputs:
         """``module.forward(*inputs)``.
 
         Args:
+            product: in place of ``linear(x, weight, bias)``.
             one: the first input holds one token of every sequence, and the second dimension of what
                 the graph reads off it is that.
         """
         if not _plainly(inputs):
             outputs: Outputs = module.forward(*inputs)
             return outputs
-        return self.plan(module, one)(inputs)
+        return self.plan(module, one, product)(inputs)
 
-    def plan(self, module: fx.GraphModule, one: bool = False) -> _Plan:
+    def plan(
+        self,
+        module: fx.GraphModule,
+        one: bool = False,
+        product: Callable[..., Tensor] | None = None,
+    ) -> _Plan:
         """What calls of ``module`` run; made at the first."""
-        key = (id(module), one)
-        known = self._plans.get(key)
-        if known is None or known[0] is not module.code:  # a new text object after every recompile
-            known = self._plans[key] = (module.code, _plan(module, one))
-        return known[1]
+        key = (id(module), one, id(product))
+        known = self._plans.get(key)  # its code is a new text object after every recompile
+        if known is None or known[0] is not module.code or known[1] is not product:
+            known = self._plans[key] = (module.code, product, _plan(module, one, product))
+        return known[2]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Straight:
         return Straight()
@@ -105,21 +118,22 @@ def _open(mask: Tensor) -> bool:
 # ---------------------------------------------------------------------------- making plans
 
 
-def _plan(module: fx.GraphModule, one: bool) -> _Plan:
+def _plan(module: fx.GraphModule, one: bool, product: Callable[..., Tensor] | None) -> _Plan:
     graph = _copied(module.graph)
+    calls = {} if product is None else {torch.ops.aten.linear.default: product}
     if one:
         fix_tokens(graph)
     masks = masks_of(graph) if one else []
     tokens = 1 if one else None
     if not masks:
         done = tidy(graph, tokens)
-        return _Plan(function(graph, module), done=done)
+        return _Plan(function(graph, module, calls), done=done)
     only, opened = _copied(graph), _copied(graph)
     keep_masks(only)
     drop_masks(opened)
     done = tidy(opened, tokens)
     tidy(graph, tokens)
-    run, makes, unmasked = (function(g, module) for g in (graph, only, opened))
+    run, makes, unmasked = (function(g, module, calls) for g in (graph, only, opened))
     return _Plan(run, makes, unmasked, done)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.modules import module as _hooks
 
 aten = torch.ops.aten
 Function = Callable[..., tuple[Any, ...]]
+Calls = Mapping[Any, Callable[..., Any]]
 
 # Overload -> what calls the same one through torch's own argument parser: a third to two thirds of
 # the time of a call through torch.ops (1.2 us instead of 2.0 for a product of 576 numbers).
@@ -49,10 +50,14 @@ DIRECT: dict[Any, Callable[..., Any]] = {
 }
 
 
-def function(graph: fx.Graph, module: nn.Module) -> Function:
+def function(graph: fx.Graph, module: nn.Module, calls: Calls) -> Function:
     """What ``graph`` computes on the weights and modules of ``module``, as its dictionaries hold
-    them at every call; positional inputs, a tuple of outputs."""
-    source, names = text_of(graph)
+    them at every call; positional inputs, a tuple of outputs.
+
+    Args:
+        calls: what to call instead of some operations.
+    """
+    source, names = text_of(graph, calls)
     names |= {"root": module, "unusual": unusual}
     scope: dict[str, Any] = names
     exec(compile(source, "<sparsify graph>", "exec"), scope)
@@ -71,15 +76,16 @@ def unusual(module: Any) -> bool:
     )
 
 
-def text_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+def text_of(graph: fx.Graph, calls: Calls) -> tuple[str, dict[str, Any]]:
     """The source of ``run`` and the objects that it names, without
     ``root`` (the module) and ``unusual``."""
-    return _Printer(graph).text()
+    return _Printer(graph, {**DIRECT, **calls}).text()
 
 
 class _Printer:
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, calls: Calls) -> None:
         self.graph = graph
+        self.calls = calls
         self.names: dict[str, Any] = {}
         self._named: dict[int, str] = {}
         self._values: dict[fx.Node, str] = {}
@@ -110,7 +116,7 @@ class _Printer:
     def _statement(self, node: fx.Node, name: str) -> None:
         target = node.target
         if node.op == "call_function":
-            called = self._object(DIRECT.get(target, target))
+            called = self._object(self.calls.get(target, target))
             self._lines.append(f"{name} = {called}({self._arguments(node)})")
         elif node.op == "call_module":
             self._call(self._module(str(target)), node, name)

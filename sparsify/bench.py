@@ -42,7 +42,8 @@ from sparsify.timing import Rounds, Work, interleaved
 
 DENSE, COMPILED = "dense", "torch.compile"
 EAGER, LOWERED = "routed, eager", "routed, lowered"
-PART = "dense projections"
+DENSE_LOWERED = "dense, lowered"
+PARTS = ("dense projections", "dense projections, lowered")
 _SCORES = "attention scores"  # as sparsify.costs names them
 STEPS = 8  # different tokens that one timed run decodes: a single one may be an odd one
 Progress = Callable[[str, int, int], None]
@@ -113,7 +114,9 @@ class Bench:
         if progress is not None:
             report = progress
             tick = lambda done, total: report(regime.name, done, total)  # noqa: E731
-        work[PART] = Work(self._dense_projections(regime))
+        products = {getattr(model, "kernel", None) for model in self.dense.values()} | {None}
+        for product in products:
+            work[PARTS[product is not None]] = Work(self._dense_projections(regime, product))
         found = interleaved(work, rounds, progress=tick)
         live = {key: self._realised(work[key]) for key in settings}
         yield from self._judged(regime, found, settings, live)
@@ -126,15 +129,16 @@ class Bench:
         live: Mapping[str, float | None],
     ) -> Iterator[BenchRow]:
         base = found.best(self.dense) if self.dense else f"{EAGER} {1.0}"
+        part_of_base = PARTS[getattr(self.dense.get(base), "kernel", None) is not None]
         tokens = regime.batch * regime.tokens
         for key in found.seconds:
             name, active = settings.get(key, (key, None))
             seconds, speedup = found.time(key), found.speedup(key, base)
             ideal = counted = None
             if active is not None:
-                part = min(found.time(PART).median / found.time(base).median, 1.0)
+                part = min(found.time(part_of_base).median / found.time(base).median, 1.0)
                 ideal, counted = self.ideal(regime, live.get(key) or active, part)
-            note = "the part that routing may shrink" if key == PART else ""
+            note = "the part that routing may shrink" if key in PARTS else ""
             yield BenchRow(
                 regime.name, tokens, name, active, live.get(key), seconds, speedup, ideal,
                 key == base, note, counted,
@@ -178,7 +182,7 @@ class Bench:
                 self.notes.append(f"not lowered: {error.what}")
                 return {}
             found[active] = kernels_of(self.sparse)
-            count = sum(kernel is not None for kernel in found[active].values())
+            count = sum(m.kernel is not None for m in found[active] if isinstance(m, RoutedModule))
             text = "; ".join([f"{count} routed modules run lowered", *said])
             budgets_of.setdefault(text, []).append(f"{active:.0%}")
         self.notes += [f"at {', '.join(at)} active, {text}" for text, at in budgets_of.items()]
@@ -221,13 +225,15 @@ class Bench:
                 found += [w.detach().contiguous() for w in weights if w.dim() == 2]
         return found
 
-    def _dense_projections(self, regime: Regime) -> Run:
+    def _dense_projections(self, regime: Regime, product: Any) -> Run:
+        """The projections as the dense model computes them: torch's products, or ``product``."""
+        linear = product or torch.nn.functional.linear
         tokens = regime.batch * regime.tokens if not regime.own else 1
         inputs = {w.shape[1]: torch.randn(tokens, w.shape[1]).to(w) for w in self._projections}
 
         def run() -> None:
             for weight in self._projections:
-                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+                linear(inputs[weight.shape[1]], weight)
 
         return run
 
@@ -341,12 +347,12 @@ def _work(steps: Steps, turn: Run | None = None) -> Work:
 # ---------------------------------------------------------------------------- kernels
 
 
-Kernels = dict[RoutedModule, Any]
+Kernels = dict[RoutedModule | SparseModel, Any]
 
 
 def kernels_of(model: torch.nn.Module) -> Kernels:
-    """The kernel of every routed module; None where eager runs."""
-    return {m: m.kernel for m in model.modules() if isinstance(m, RoutedModule)}
+    """The kernel of every routed module, and of dense products; None where eager runs."""
+    return {m: m.kernel for m in model.modules() if isinstance(m, RoutedModule | SparseModel)}
 
 
 def put(kernels: Kernels) -> None:

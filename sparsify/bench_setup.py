@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.bench import COMPILED, DENSE, STEPS, Bench, Progress
+from sparsify.bench import COMPILED, DENSE, DENSE_LOWERED, STEPS, Bench, Progress
 from sparsify.bench_table import Benchmark, Regime
+from sparsify.capture import capture
 from sparsify.capture.inputs import given, natural
 from sparsify.corpus import token_blocks
 from sparsify.errors import BadInput, SparsifyError
+from sparsify.hf import wrap
 from sparsify.models import Loaded, load_model
 from sparsify.report import Report
 from sparsify.runtime.calling import CausalCall
@@ -58,6 +60,9 @@ def run(
         kinds[DENSE] = loaded.model.eval()
         if compiled:
             kinds[COMPILED] = torch.compile(loaded.model, dynamic=False)
+        ours = lowered_dense(loaded)
+        if ours is not None:
+            kinds[DENSE_LOWERED] = ours
     budgets, more = _budgets(sparse, active, alone=not kinds)
     notes += more
     regimes, more = _regimes(sparse, tokens, context)
@@ -71,6 +76,21 @@ def run(
     rows = tuple(work.rows(regimes, budgets, rounds, progress))
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return Benchmark(name, sparse.pipeline, rows, rounds, tuple(notes), now, machine)
+
+
+def lowered_dense(loaded: Loaded) -> SparseModel | None:
+    """The dense graph with kernels for its products; None where torch's are as fast, or on GPUs.
+
+    Kernels that also speed up what routing leaves dense are no gain of routing: the dense model is
+    given them too.
+    """
+    captured = capture(loaded.model, loaded.example)
+    model = wrap(SparseModel.of(captured), loaded.model)  # type: ignore[arg-type]
+    try:
+        model.lower()
+    except BadInput:  # no code generator in this installation
+        return None
+    return model if model.kernel is not None else None
 
 
 def sparse_of(model: Any, pipeline: str | None) -> SparseModel | None:

@@ -62,7 +62,7 @@ int64_t routed_rows(const routed *to, const value_t *x, const value_t *select, v
         unit[used] = u;
         used += any;
     }
-    memset(y, 0, tokens * (owned + to->n_others) * sizeof(value_t));
+    if (units) memset(y, 0, tokens * (owned + to->n_others) * sizeof(value_t)); /* others are all written */
     int64_t rows = used * size + to->n_others; /* that are read */
     threads = team(threads, rows * to->in);
 #pragma omp parallel num_threads(threads) if (threads > 1)
