@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsify.runtime.tidy import mutates, prune
+
 aten = torch.ops.aten
 _ATTEND = aten.scaled_dot_product_attention.default
 
@@ -25,9 +27,11 @@ def fix_tokens(graph: fx.Graph) -> None:
 def masks_of(graph: fx.Graph) -> list[fx.Node]:
     """The masks of all attention calls, each once.
 
-    Empty where there are none, or where making them reads weights, routed modules or the tokens
-    themselves: making them twice would cost more than leaving them out saves.
+    Empty where there are none, where the graph writes in place, or where making them reads weights,
+    routed modules or the tokens: making them twice would cost more than leaving them out saves.
     """
+    if mutates(graph):
+        return []
     found = [m for node in _attention(graph) if isinstance(m := _mask_of(node), fx.Node)]
     masks = list(dict.fromkeys(found))
     first = _first(graph)
@@ -62,7 +66,7 @@ def drop_masks(graph: fx.Graph) -> None:
     for node in _attention(graph):
         node.args = node.args[:3] + ((None, *node.args[4:]) if len(node.args) > 4 else ())
         node.kwargs = {key: value for key, value in node.kwargs.items() if key != "attn_mask"}
-    graph.eliminate_dead_code()
+    prune(graph)
 
 
 def _replace(user: fx.Node, was: fx.Node, number: int) -> None:

@@ -28,7 +28,7 @@ def tidy(graph: fx.Graph, tokens: int | None = None) -> dict[str, int]:
         tokens: the number of new tokens where it is known; only 1 allows more.
     """
     done: dict[str, int] = {}
-    if any(_mutates(node) for node in graph.nodes):
+    if mutates(graph):
         return done  # the order of reads and writes would have to be kept
     steps: dict[str, Callable[[fx.Graph], int]] = {
         "keys and values read without repeating them": shared_keys,
@@ -41,13 +41,25 @@ def tidy(graph: fx.Graph, tokens: int | None = None) -> dict[str, int]:
         count = step(graph)
         if count:
             done[what] = count
-            graph.eliminate_dead_code()
+            prune(graph)
     return done
 
 
-def _mutates(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+def mutates(graph: fx.Graph) -> bool:
+    """Whether an operation writes into a tensor."""
+    targets = [node.target for node in graph.nodes]
+    return any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets)
+
+
+def prune(graph: fx.Graph) -> None:
+    """Drop operations that nobody reads; modules stay (they count), and what draws random numbers.
+
+    (torch's own way wants a graph that belongs to a module.)
+    """
+    for node in reversed(graph.nodes):
+        pure = node.op == "get_attr" or (node.op == "call_function" and _pure(node.target))
+        if pure and not node.users:
+            graph.erase_node(node)
 
 
 def _is(node: Any, target: Any) -> bool:

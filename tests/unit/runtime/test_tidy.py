@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.runtime.straight_text import function
-from sparsify.runtime.tidy import flattened, merged, rolled, shared_keys, tidy
+from sparsify.runtime.tidy import flattened, merged, prune, rolled, shared_keys, tidy
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ def test_keys_and_values_are_read_unrepeated(queries: int) -> None:
     mask = torch.rand(2, 1, queries, 5) > 0.3
     (before,) = run(graph, q, k, v, mask)
     assert shared_keys(graph) == 1
-    graph.eliminate_dead_code()
+    prune(graph)
     assert targets(graph) == ["aten.scaled_dot_product_attention.default"]
     (after,) = run(graph, q, k, v, mask)
     assert torch.equal(before, after)
@@ -83,7 +83,7 @@ def test_halves_are_rotated_in_one_operation() -> None:
     x[0, 0, 0], x[0, 0, 5], x[1, 1, 1] = 0.0, -0.0, float("inf")
     (before,) = run(graph, x, angles)
     assert rolled(graph) == 1
-    graph.eliminate_dead_code()
+    prune(graph)
     assert "aten.roll.default" in targets(graph)
     (after,) = run(graph, x, angles)
     assert torch.equal(before, after)
@@ -127,7 +127,7 @@ def test_views_of_one_token_are_one_reshape() -> None:
     x = torch.randn(2, 1, 12)
     before = run(graph, x)
     assert flattened(graph) > 0
-    graph.eliminate_dead_code()
+    prune(graph)
     assert targets(graph) == ["aten.reshape.default", "aten.reshape.default"]
     for a, b in zip(before, run(graph, x), strict=True):
         assert torch.equal(a, b)
