@@ -56,10 +56,12 @@ class _Ready:
     room: Tensor
 
     @staticmethod
-    def of(base: Arguments, T: int) -> _Ready:
+    def of(base: Arguments, T: int, everything: bool) -> _Ready:
         args = Arguments.from_buffer_copy(base)
-        room = torch.empty(T * (args.N + args.R))
+        room = torch.ones(T * (args.N + args.R))
         args.T, args.select = T, room.data_ptr()
+        if everything:
+            args.router = None
         args.scores = room.data_ptr() + 4 * T * args.N
         return _Ready(args, ctypes.addressof(args), room)
 
@@ -128,8 +130,8 @@ class FfnKernel(Lowered):
         if way == "dense":  # with everything live eager is dense by itself
             return None if everything else self._dense(module, x, x.reshape(T, -1))
         if (
-            way == "few" and self._fuses and not everything and self.dtype is torch.float32
-            and x.is_contiguous() and undisturbed(router)
+            way == "few" and self.dtype is torch.float32 and x.is_contiguous()
+            and (everything or (self._fuses and undisturbed(router)))
         ):  # fmt: skip
             return self._at_once(module, x, T, base)
         inside = module._modules.get("inside")
@@ -151,7 +153,7 @@ class FfnKernel(Lowered):
         try:
             ready = spares.pop()  # nobody else's meanwhile
         except IndexError:
-            ready = _Ready.of(base, T)
+            ready = _Ready.of(base, T, self._everything)
         args = ready.args
         y = torch.empty_like(x)
         args.x, args.y, args.threads = x.data_ptr(), y.data_ptr(), threads()
@@ -162,8 +164,10 @@ class FfnKernel(Lowered):
 
     @staticmethod
     def _count(module: RoutedFFN, T: int, args: Arguments) -> None:
-        live, counter = args.live, module.counter
-        counter.seen(T, args.N, live)
+        live, counter, experts = args.live, module.counter, module.experts
+        if experts != args.N:  # all of them as one
+            live *= experts
+        counter.seen(T, experts, live)
         counter.rows += live
         inside = module._modules.get("inside")
         if isinstance(inside, LiveNeurons):
@@ -209,6 +213,7 @@ class FfnKernel(Lowered):
         if base is None:
             return None
         args = Arguments.from_buffer_copy(base)
+        args.N, args.m, _ = module.up.shape  # though everything may be one expert otherwise
         wide = x.float().contiguous()
         y = torch.empty_like(wide)
         args.router = None
@@ -305,6 +310,8 @@ class FfnKernel(Lowered):
                     self._copied.append(table)
                     put(name, at_budget(table, at, active))
         inside = module.inside
+        if inside is None and self._everything:
+            args.N, args.m = 1, args.N * args.m  # one expert: nothing to group
         if inside is not None:
             cut = -1.0 if inside.all_live else inside.threshold
             if not inside.selector.mean or isinstance(cut, Tensor):
