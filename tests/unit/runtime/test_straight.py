@@ -83,6 +83,15 @@ def test_a_decoding_step_copies_no_keys_and_makes_no_masks() -> None:
     assert ran["aten::cat"] < before["aten::cat"] and ran["aten::neg"] == 1
 
 
+def test_what_was_tidied_is_told() -> None:
+    done = model("llama").tidied(tokens=1)
+    assert done["keys and values read without repeating them"] == 2  # one per layer
+    assert done["halves rotated in one operation"] == 4
+    assert done["attention masks left out while open"] == 1
+    assert "attention masks left out while open" not in model("llama").tidied()
+    assert routed().tidied(tokens=1) == routed().tidied()  # tokens are nothing it knows of
+
+
 @torch.no_grad()
 def test_a_window_that_shuts_keys_out_keeps_the_masks() -> None:
     sparse = model("mistral")  # a window of 6 keys
