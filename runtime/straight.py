@@ -59,7 +59,7 @@ class Straight:
     """Keeps what was made of a graph for as long as the graph does not change."""
 
     def __init__(self) -> None:
-        self._plans: dict[tuple[int, bool], tuple[str, _Plan]] = {}
+        self._plans: dict[bool, tuple[str, _Plan]] = {}
 
     def run(self, module: fx.GraphModule, inputs: Sequence[Any], *, one: bool = False) -> Outputs:
         """``module.forward(*inputs)``.
@@ -75,10 +75,9 @@ class Straight:
 
     def plan(self, module: fx.GraphModule, one: bool = False) -> _Plan:
         """What calls of ``module`` run; made at the first."""
-        key = (id(module), one)
-        known = self._plans.get(key)
+        known = self._plans.get(one)
         if known is None or known[0] is not module.code:  # a new text object after every recompile
-            known = self._plans[key] = (module.code, _plan(module, one))
+            known = self._plans[one] = (module.code, _plan(module, one))
         return known[1]
 
     def done(self, module: fx.GraphModule, one: bool = False) -> dict[str, int]:
@@ -99,6 +98,7 @@ def _plainly(inputs: Sequence[Any]) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and _get_current_dispatch_mode() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
         and all(type(x) is int or (type(x) is Tensor and x.is_cpu) for x in inputs)
     )
 
