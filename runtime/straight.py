@@ -59,7 +59,7 @@ class Straight:
     """Keeps what was made of a graph for as long as the graph does not change."""
 
     def __init__(self) -> None:
-        self._plans: dict[bool, tuple[str, _Plan]] = {}
+        self._plans: dict[tuple[int, bool], tuple[str, _Plan]] = {}
 
     def run(self, module: fx.GraphModule, inputs: Sequence[Any], *, one: bool = False) -> Outputs:
         """``module.forward(*inputs)``.
@@ -75,19 +75,20 @@ class Straight:
 
     def plan(self, module: fx.GraphModule, one: bool = False) -> _Plan:
         """What calls of ``module`` run; made at the first."""
-        known = self._plans.get(one)
+        key = (id(module), one)
+        known = self._plans.get(key)
         if known is None or known[0] is not module.code:  # a new text object after every recompile
-            known = self._plans[one] = (module.code, _plan(module, one))
+            known = self._plans[key] = (module.code, _plan(module, one))
         return known[1]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Straight:
+        return Straight()
 
     def done(self, module: fx.GraphModule, one: bool = False) -> dict[str, int]:
         """What was tidied in calls of that kind, and how often."""
         plan = self.plan(module, one)
         open_masks = {} if plan.masks is None else {"attention masks left out while open": 1}
         return {**plan.done, **open_masks}
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Straight:
-        return Straight()
 
 
 def _plainly(inputs: Sequence[Any]) -> bool:
