@@ -244,6 +244,15 @@ class SparseModel(nn.Module):
             ) from error
         return codegen.lower(self, int8=int8)
 
+    def tidied(self, tokens: int | None = None) -> dict[str, int]:
+        """What inference on a CPU leaves out of the graph, and how often; results stay the same.
+
+        Args:
+            tokens: new tokens of a call; 1 (decoding) allows more.
+        """
+        causal = isinstance(self.call_spec, CausalCall)
+        return self._straight.done(self.graph, causal and tokens == 1)
+
     # -- a torch module like any other
 
     @property

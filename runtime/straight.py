@@ -97,6 +97,12 @@ class Straight:
     def __deepcopy__(self, memo: dict[int, object]) -> Straight:
         return Straight()
 
+    def done(self, module: fx.GraphModule, one: bool = False) -> dict[str, int]:
+        """What was tidied in calls of that kind, and how often."""
+        plan = self.plan(module, one)
+        open_masks = {} if plan.masks is None else {"attention masks left out while open": 1}
+        return {**plan.done, **open_masks}
+
 
 def _plainly(inputs: Sequence[Any]) -> bool:
     """Real data on the CPU, for inference, and nobody who watches or casts operations."""
@@ -106,6 +112,7 @@ def _plainly(inputs: Sequence[Any]) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and _get_current_dispatch_mode() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
         and all(type(x) is int or (type(x) is Tensor and x.is_cpu) for x in inputs)
     )
 

@@ -151,10 +151,13 @@ def _rotation(node: Any) -> tuple[fx.Node, int] | None:
         return None
     x, axis, start, half = first.args
     width = _width(x)
-    ends = start == 0 and isinstance(half, int) and second.args[2] == half
-    if not ends or width != 2 * half or second.args[3] < width or second.args[1] != axis:
+    end = second.args[3]
+    halves = start == 0 and isinstance(half, int) and second.args[2] == half
+    if not halves or width is None or width != 2 * half:
         return None
-    return (x, half) if axis in (-1, 3) else None
+    if not isinstance(end, int) or end < width:
+        return None
+    return (x, half) if axis in (-1, 3) and second.args[1] == axis else None
 
 
 def _width(node: fx.Node) -> int | None:

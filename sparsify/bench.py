@@ -185,6 +185,7 @@ class Bench:
             count = sum(m.kernel is not None for m in found[active] if isinstance(m, RoutedModule))
             text = "; ".join([f"{count} routed modules run lowered", *said])
             budgets_of.setdefault(text, []).append(f"{active:.0%}")
+        self.notes += tidied(self.sparse)
         self.notes += [f"at {', '.join(at)} active, {text}" for text, at in budgets_of.items()]
         return found
 
@@ -359,6 +360,15 @@ def put(kernels: Kernels) -> None:
     """Put kernels (back) in place."""
     for module, kernel in kernels.items():
         module.kernel = kernel
+
+
+def tidied(model: SparseModel) -> list[str]:
+    """A note on what decoding leaves out of the model's graph; none where that is nothing."""
+    done = model.tidied(tokens=1)
+    if not done or model.device.type != "cpu":
+        return []
+    listed = ", ".join(f"{what} ({count})" for what, count in done.items())
+    return [f"the graph was tidied for decoding: {listed}"]
 
 
 def reasons(remarks: Any) -> list[str]:

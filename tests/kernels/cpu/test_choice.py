@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sparsify.codegen.cpu import choice
 from sparsify.codegen.cpu.call import FEW, NEVER
 from sparsify.codegen.cpu.choice import cuts_of, measure, table_of, told
 from sparsify.codegen.cpu.lower import kernel_of, kernels_of
+from sparsify.codegen.store import Store
 from sparsify.runtime.heads import RoutedColumns, RoutedRows
 from sparsify.runtime.inputs import RoutedLinear
 from tests.kernels.cpu.test_linear import projection
@@ -38,9 +40,8 @@ def test_dense_starts_where_it_is_faster() -> None:
     (cut,) = set(cuts_of(table(few=4.0, dense=1e-3, whole=1e-3))[1:])
     assert cut == pytest.approx(0.01)
     assert told(NEVER) == ""
-    assert told((math.inf, *(0.9,) * FEW)).endswith(
-        "1 from 90%, 2 from 90%, 4 from 90%, 8 from 90%"
-    )
+    text = told((math.inf, *(0.9,) * FEW))
+    assert text.endswith("1 from 90%, 2 from 90%, 4 from 90%, 8 from 90%")
 
 
 def rows(**_: Any) -> RoutedRows:
@@ -116,7 +117,9 @@ def test_int8_is_never_replaced() -> None:
     assert kernel.cuts == NEVER
 
 
-def test_measured_once_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_once_and_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept = Store(tmp_path)  # made-up times are for nobody else
+    monkeypatch.setattr(choice, "store", lambda: kept)
     modules = [projection(24, 10), projection(24, 10)]
     kernels = [kernel_of(m) for m in modules]
     before = [m.counter.tokens for m in modules]
