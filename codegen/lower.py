@@ -58,16 +58,16 @@ def lower_module(module: RoutedModule, *, int8: bool = False) -> Remark:
 
 def _lower_dense(model: SparseModel, device: str) -> Remark:
     """What is left dense: on CPUs, products of a few tokens have a kernel too."""
-    model.kernel, suggestion = None, None
+    model.product, suggestion = None, None
     try:
         if device != "cpu":
             raise Refused(f"dense products on {device} are torch's")
-        model.kernel, text = importlib.import_module(DENSE).products_of(model.graph)
+        model.product, text = importlib.import_module(DENSE).products_of(model.graph)
     except Refused as error:
         text = error.reason
     except MissingDependency as error:
         text, suggestion = error.what, error.help
-    kind: RemarkKind = "applied" if model.kernel else "left"
+    kind: RemarkKind = "applied" if model.product else "left"
     return Remark(kind, "lower", "", "dense products", text, suggestion)
 
 

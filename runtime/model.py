@@ -71,7 +71,7 @@ class SparseModel(nn.Module):
         self._borrowed = borrowed
         self._last_tokens = LastTokens()
         self._straight = Straight()
-        self.kernel: Any = None  # in place of linear(x, weight, bias) in inference; lower() puts it
+        self.product: Any = None  # in place of linear(x, weight, bias); lower() puts it
         self._adopt(graph)
         self.eval()
 
@@ -104,7 +104,7 @@ class SparseModel(nn.Module):
         if isinstance(self.call_spec, CausalCall):
             return self._forward_causal(*args, **kwargs)
         flat = self.call_spec.flatten(args, kwargs)
-        return self.call_spec.unflatten(self._straight.run(self.graph, flat, product=self.kernel))
+        return self.call_spec.unflatten(self._straight.run(self.graph, flat, product=self.product))
 
     def _forward_causal(
         self,
@@ -159,7 +159,7 @@ class SparseModel(nn.Module):
         tokens = input_ids.shape[1]
         if isinstance(keep, int) and 0 < keep < tokens:
             return self.call_spec.unflatten(self._last_tokens.run(self.graph, flat, keep))
-        found = self._straight.run(self.graph, flat, one=tokens == 1, product=self.kernel)
+        found = self._straight.run(self.graph, flat, one=tokens == 1, product=self.product)
         logits, cache = self.call_spec.unflatten(found)
         return (logits[:, keep] if isinstance(keep, Tensor) else logits), cache
 

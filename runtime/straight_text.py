@@ -50,14 +50,14 @@ DIRECT: dict[Any, Callable[..., Any]] = {
 }
 
 
-def function(graph: fx.Graph, module: nn.Module, calls: Calls) -> Function:
+def function(graph: fx.Graph, module: nn.Module, calls: Calls | None = None) -> Function:
     """What ``graph`` computes on the weights and modules of ``module``, as its dictionaries hold
     them at every call; positional inputs, a tuple of outputs.
 
     Args:
         calls: what to call instead of some operations.
     """
-    source, names = text_of(graph, calls)
+    source, names = text_of(graph, calls or {})
     names |= {"root": module, "unusual": unusual}
     scope: dict[str, Any] = names
     exec(compile(source, "<sparsify graph>", "exec"), scope)

@@ -114,7 +114,7 @@ class Bench:
         if progress is not None:
             report = progress
             tick = lambda done, total: report(regime.name, done, total)  # noqa: E731
-        products = {getattr(model, "kernel", None) for model in self.dense.values()} | {None}
+        products = {getattr(model, "product", None) for model in self.dense.values()} | {None}
         for product in products:
             work[PARTS[product is not None]] = Work(self._dense_projections(regime, product))
         found = interleaved(work, rounds, progress=tick)
@@ -129,7 +129,7 @@ class Bench:
         live: Mapping[str, float | None],
     ) -> Iterator[BenchRow]:
         base = found.best(self.dense) if self.dense else f"{EAGER} {1.0}"
-        part_of_base = PARTS[getattr(self.dense.get(base), "kernel", None) is not None]
+        part_of_base = PARTS[getattr(self.dense.get(base), "product", None) is not None]
         tokens = regime.batch * regime.tokens
         for key in found.seconds:
             name, active = settings.get(key, (key, None))
@@ -353,13 +353,14 @@ Kernels = dict[RoutedModule | SparseModel, Any]
 
 def kernels_of(model: torch.nn.Module) -> Kernels:
     """The kernel of every routed module, and of dense products; None where eager runs."""
-    return {m: m.kernel for m in model.modules() if isinstance(m, RoutedModule | SparseModel)}
+    found: Kernels = {m: m.kernel for m in model.modules() if isinstance(m, RoutedModule)}
+    return {**found, model: model.product} if isinstance(model, SparseModel) else found
 
 
 def put(kernels: Kernels) -> None:
     """Put kernels (back) in place."""
     for module, kernel in kernels.items():
-        module.kernel = kernel
+        setattr(module, "product" if isinstance(module, SparseModel) else "kernel", kernel)
 
 
 def tidied(model: SparseModel) -> list[str]:

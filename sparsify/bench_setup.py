@@ -90,7 +90,7 @@ def lowered_dense(loaded: Loaded) -> SparseModel | None:
         model.lower()
     except BadInput:  # no code generator in this installation
         return None
-    return model if model.kernel is not None else None
+    return model if model.product is not None else None
 
 
 def sparse_of(model: Any, pipeline: str | None) -> SparseModel | None:

@@ -107,11 +107,11 @@ def test_a_dense_model_decodes_through_them(name: str) -> None:
     said = model.lower()
     found = model(ids[:, 6:], past_key_values=copy.deepcopy(first.past_key_values)).logits
     assert said[-1].region_kind == "dense products"
-    assert (model.kernel is not None) == bool(sizes) == (said[-1].kind == "applied")
+    assert (model.product is not None) == bool(sizes) == (said[-1].kind == "applied")
     scale = float(want.abs().max())
     most = 2e-2 if name == "mixed" else 1e-5  # bfloat16: layers round differently
     assert float((found - want).abs().max()) <= most * scale
-    assert copy.deepcopy(model).kernel is not model.kernel or model.kernel is None
+    assert copy.deepcopy(model).product is not model.product or model.product is None
 
 
 def test_slower_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,5 +128,5 @@ def test_without_a_compiler_torch_multiplies(monkeypatch: pytest.MonkeyPatch) ->
     made = zoo("llama")
     model = SparseModel.of(capture(made.model, made.example))
     said = model.lower()[-1]
-    assert model.kernel is None and said.kind == "left"
+    assert model.product is None and said.kind == "left"
     assert said.suggestion is not None and "gcc" in said.suggestion
