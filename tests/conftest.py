@@ -7,6 +7,7 @@ temporary name first.
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,35 @@ for _pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 _SHOWN = 80  # lines of a diff
+
+
+# Caches of graphs keep millions of objects alive, which every full collection would walk through.
+gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Groups run in the order of collection; xdist would run those of few tests last."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long first; a module's tests on one worker, which makes its models once.
+
+    The README's tests are apart, and contract/ makes its own groups.
+    """
+    for item in items:
+        folder = item.path.parent.name
+        if folder not in ("docs", "contract"):
+            item.add_marker(pytest.mark.xdist_group(f"{folder}/{item.path.stem}"))
+    items.sort(key=lambda item: item.path.parent.name != "docs")
+
+
+def pytest_collection_finish() -> None:
+    """What importing made stays: no collection looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
