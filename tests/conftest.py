@@ -23,8 +23,8 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 _SHOWN = 80  # lines of a diff
 
 
-# Caches of graphs keep millions of objects alive, which every full collection would walk through.
-gc.set_threshold(50_000, 20, 50)
+# Graphs are many small objects: the usual threshold (700) asks for far too many collections.
+gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,7 +47,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What importing made stays: no collection looks at it again."""
+    """What importing made is there to stay."""
+    _settle()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a group's caches keep is there to stay."""
+    if nextitem is None or _group(item) != _group(nextitem):
+        _settle()
+
+
+def _group(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("xdist_group")
+    return str(mark.args[0] if mark else item.path)
+
+
+def _settle() -> None:
+    """Collect, then let no collection look at what is left: full ones would take a second each,
+    with the captured models of the zoo in memory, and timing things collects before each round.
+    """
     gc.collect()
     gc.freeze()
 
