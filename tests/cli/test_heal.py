@@ -80,7 +80,7 @@ def test_killed_with_sigkill_and_resumed_is_the_straight_run(
         [sys.executable, "-m", "sparsify_fx", *words.format("killed").split()],
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": threads},
     )
-    folder, until = Path("killed.healing"), time.monotonic() + 120
+    folder, until = Path("killed.healing"), time.monotonic() + 600  # on a loaded machine
     while not list(folder.glob("step-*/state.json")):
         assert started.poll() is None, "it ended by itself"
         assert time.monotonic() < until
