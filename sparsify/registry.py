@@ -18,7 +18,7 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ def _fault(found: Any, entry: Entry) -> str | None:
         return f"{found.__name__} does not name its region type, as in Pass[FeedForward]"
     if found.rewrite is Pass.rewrite:
         return f"{found.__name__} has no rewrite method"
-    return _option_fault(found)
+    return _option_fault(typing.cast("Hashable", found))  # mypy reads the hash of its instances
 
 
 @functools.cache
