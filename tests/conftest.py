@@ -11,8 +11,11 @@ import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.groups import group_of, scheduler
 
 # Workers and the commands that tests start share the cores: two busy torch thread pools on two
 # cores wait for each other at every small operation (33 minutes instead of 4). Before any torch.
@@ -27,23 +30,19 @@ _SHOWN = 80  # lines of a diff
 gc.set_threshold(20_000, 20, 20)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Groups run in the order of collection; xdist would run those of few tests last."""
-    if hasattr(config.option, "loadscopereorder"):
-        config.option.loadscopereorder = False
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadgroup``, the groups of groups.py."""
+    return scheduler(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long first; a module's tests on one worker, which makes its models once.
-
-    The README's tests are apart, and contract/ makes its own groups.
-    """
-    for item in items:
-        folder = item.path.parent.name
-        if folder not in ("docs", "contract"):
-            item.add_marker(pytest.mark.xdist_group(f"{folder}/{item.path.stem}"))
-    items.sort(key=lambda item: item.path.parent.name != "docs")
+    """Groups stay together without xdist too; what takes longest alone comes first."""
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in sorted(items, key=lambda item: item.path.parent.name != "docs"):
+        groups.setdefault(group_of(item.nodeid), []).append(item)
+    items[:] = [item for group in groups.values() for item in group]
 
 
 def pytest_collection_finish() -> None:
@@ -54,13 +53,8 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """What a group's caches keep is there to stay."""
-    if nextitem is None or _group(item) != _group(nextitem):
+    if nextitem is None or group_of(item.nodeid) != group_of(nextitem.nodeid):
         _settle()
-
-
-def _group(item: pytest.Item) -> str:
-    mark = item.get_closest_marker("xdist_group")
-    return str(mark.args[0] if mark else item.path)
 
 
 def _settle() -> None:

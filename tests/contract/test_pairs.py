@@ -49,7 +49,6 @@ def _shown(step: Step) -> str:
     return "".join(f"    {g.kind:<8} {', '.join(g.paths)}: {g.reason}\n" for g in groups)
 
 
-@pytest.mark.xdist_group("llama pairs")
 def test_matrix_in_the_readme(accept: bool) -> None:
     names = [name for name in COMPOSED if name in registry.names()]
     rows = [["first \\\\ then", *(f"`{name}`" for name in names)], ["---"] * (len(names) + 1)]
