@@ -144,7 +144,8 @@ def run_stage(
             region.samples = {}  # large, and used up
         if progress is not None:
             progress(work.name, number + 1, len(mine))
-    finish(state.gm)
+    if done or len(state.stages) == 1:  # the first one also drops what the capture left unread
+        finish(state.gm)
     remarks += [
         near_miss_remark(m, work.name)
         for m in state.matches.near_misses

@@ -13,11 +13,12 @@ of one name are an error that names both: what a pipeline means never depends on
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,37 @@ def entries() -> dict[str, tuple[Entry, ...]]:
     for file in sorted(_FOLDER.glob("[!_]*.py")):
         entry = Entry(file.stem.replace("_", "-"), OURS, f"sparsify.passes.{file.stem}")
         found.setdefault(entry.name, []).append(entry)
-    import importlib.metadata  # it brings email and more: 15 ms that --help need not pay
-
-    for point in importlib.metadata.entry_points(group=GROUP):
-        owner = point.dist.name if point.dist else "an unknown distribution"
-        module, _, attribute = point.value.partition(":")
-        entry = Entry(point.name, owner, module.strip(), attribute.strip() or None)
+    for entry in _outside(tuple((place, _changed(place)) for place in sys.path)):
         found.setdefault(entry.name, []).append(entry)
     return {
         name: tuple(sorted(found[name], key=lambda e: (e.owner != OURS, e.owner)))
         for name in sorted(found)
     }
+
+
+@functools.lru_cache(maxsize=1)
+def _outside(_places: tuple[tuple[str, int], ...]) -> tuple[Entry, ...]:
+    """The entry points of all distributions: 15 ms, for the metadata of each is read.
+
+    Args:
+        _places: ``sys.path`` and when each folder last changed; installing changes one of them.
+    """
+    import importlib.metadata  # it brings email and more: 15 ms that --help need not pay
+
+    found = []
+    for point in importlib.metadata.entry_points(group=GROUP):
+        owner = point.dist.name if point.dist else "an unknown distribution"
+        module, _, attribute = point.value.partition(":")
+        found.append(Entry(point.name, owner, module.strip(), attribute.strip() or None))
+    return tuple(found)
+
+
+def _changed(place: str) -> int:
+    """When a folder of ``sys.path`` last changed, in ns; 0 where there is none."""
+    try:
+        return Path(place).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def names() -> tuple[str, ...]:
@@ -222,9 +243,10 @@ def _fault(found: Any, entry: Entry) -> str | None:
         return f"{found.__name__} does not name its region type, as in Pass[FeedForward]"
     if found.rewrite is Pass.rewrite:
         return f"{found.__name__} has no rewrite method"
-    return _option_fault(found)
+    return _option_fault(typing.cast("Hashable", found))  # mypy reads the hash of its instances
 
 
+@functools.cache
 def _option_fault(cls: type[Pass[Any]]) -> str | None:
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

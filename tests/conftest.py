@@ -7,11 +7,15 @@ temporary name first.
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.groups import group_of, scheduler
 
 # Workers and the commands that tests start share the cores: two busy torch thread pools on two
 # cores wait for each other at every small operation (33 minutes instead of 4). Before any torch.
@@ -20,6 +24,45 @@ for _pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 _SHOWN = 80  # lines of a diff
+
+
+# Graphs are many small objects: the usual threshold (700) asks for far too many collections.
+gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadgroup``, the groups of groups.py."""
+    return scheduler(config, log) if config.getoption("dist") == "loadgroup" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups stay together without xdist too; what takes longest alone comes first."""
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in sorted(items, key=lambda item: item.path.parent.name != "docs"):
+        groups.setdefault(group_of(item.nodeid), []).append(item)
+    items[:] = [item for group in groups.values() for item in group]
+
+
+def pytest_collection_finish() -> None:
+    """What importing made is there to stay."""
+    _settle()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a group's caches keep is there to stay."""
+    if nextitem is None or group_of(item.nodeid) != group_of(nextitem.nodeid):
+        _settle()
+
+
+def _settle() -> None:
+    """Collect, then let no collection look at what is left: full ones would take a second each,
+    with the captured models of the zoo in memory, and timing things collects before each round.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -59,7 +59,7 @@ def tokens_of(cap: Capture, name: str) -> Any:
 
 
 def compiled(name: str, pipeline: str, dtype: torch.dtype = torch.float32) -> Any:
-    """One model per worker; tests leave it as it was (everything live, no gradients).
+    """One model per worker and group; tests leave it as it was (everything live, no gradients).
 
     Raises:
         NothingMatched: as compiling did; it is not tried again.
@@ -78,6 +78,11 @@ def _compiled(name: str, pipeline: str, dtype: torch.dtype) -> Any:
             return sparsify.compile(captured(name, dtype), pipeline, reproducer=None)
         except NothingMatched as nothing:
             return nothing
+
+
+def forget() -> None:
+    """Drop the compiled models; captures stay, for tests elsewhere use them."""
+    _compiled.cache_clear()
 
 
 def worst_relative(model: SparseModel) -> float:

@@ -17,6 +17,7 @@ from sparsify.errors import BadInput
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.model import SparseModel
 from sparsify.timing import Spread
+from tests.contract.zoo_captures import captured
 
 transformers = pytest.importorskip("transformers")
 
@@ -282,7 +283,7 @@ def test_the_ideal_is_amdahls(sparse: SparseModel) -> None:
 @pytest.mark.parametrize("pipeline", ["hidden-route", "ffn-moe,attn-moh"])
 def test_attention_between_routed_projections_is_counted(pipeline: str) -> None:
     """Everything live costs what the dense model does, or the ideal would be above one."""
-    routed = api.compile("zoo:llama", pipeline, verify="off", context=64)
+    routed = api.compile(captured("llama"), pipeline, verify="off", context=64)
     bench = Bench(routed, {}, torch.arange(10))
     for regime in (Regime(1, 1, 64), Regime(4, 1, 16), Regime(1, 100)):
         for ideal in bench.ideal(regime, 1.0, 0.6):
@@ -296,7 +297,7 @@ def test_attention_between_routed_projections_is_counted(pipeline: str) -> None:
 
 def test_amdahl() -> None:
     """Half of 60 % of the time saved leaves 70 % of it."""
-    routed = api.compile("zoo:llama", "ffn-moe{experts=8 router=top-k}", verify="off")
+    routed = api.compile(captured("llama"), "ffn-moe{experts=8 router=top-k}", verify="off")
     bench = Bench(routed, {}, torch.arange(10))
     with torch.no_grad():
         full, _ = bench.ideal(Regime(1, 40), 0.5, 1.0)

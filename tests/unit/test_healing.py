@@ -11,15 +11,14 @@ import pytest
 import torch
 
 import sparsify
-from sparsify import healing, healing_loss, zoo
-from sparsify.capture import capture
+from sparsify import healing, healing_loss
 from sparsify.errors import BadCheckpoint, BadInput, OutputError
 from sparsify.healing import heal
 from sparsify.runtime.dial import routers
+from tests.contract.zoo_captures import captured
 
 IDS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
 OPTIONS: dict[str, Any] = {"steps": 8, "every": 4, "length": 16, "batch": 4}
-_CAPTURED: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +28,8 @@ def _rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model() -> Any:
-    if not _CAPTURED:
-        _CAPTURED.append(capture(zoo.build("llama").model))
     made = sparsify.compile(
-        _CAPTURED[0], "ffn-moe{experts=8}", calibration=[IDS[:8]], active=0.5, share=False
+        captured("llama"), "ffn-moe{experts=8}", calibration=[IDS[:8]], active=0.5, share=False
     )
     with torch.no_grad():  # stand-ins that are plainly wrong, so that there is much to learn
         for name, parameter in made.named_parameters():

@@ -12,6 +12,7 @@ from sparsify.passes.hidden_route import HiddenRoute
 from sparsify.regions import Projection
 from sparsify.runtime.inputs import FEW, Magnitude, RoutedLinear
 from sparsify.runtime.spec import from_spec
+from tests.contract.zoo_captures import captured
 
 IN, OUT = 16, 6
 
@@ -125,7 +126,7 @@ def test_bad_scale() -> None:
 
 def test_calibrated_budget_and_roles() -> None:
     tokens = torch.randint(3, 120, (16, 32), generator=torch.Generator().manual_seed(2))
-    model = sparsify.compile("zoo:llama", "hidden-route", calibration=tokens.split(4))
+    model = sparsify.compile(captured("llama"), "hidden-route", calibration=tokens.split(4))
     model.set_active(0.5)
     model.reset_counters()
     with torch.no_grad():
@@ -140,7 +141,7 @@ def test_calibrated_budget_and_roles() -> None:
 
 
 def test_feed_forward_alone() -> None:
-    model = sparsify.compile("zoo:gpt2", "hidden-route{at=*.mlp.*}")
+    model = sparsify.compile(captured("gpt2"), "hidden-route{at=*.mlp.*}")
     (step,) = model.report.steps
     assert {r.region.split(".")[-2] for r in step.remarks if r.kind == "applied"} == {"mlp"}
     left = [r for r in step.remarks if r.kind == "left"]

@@ -93,6 +93,13 @@ def test_a_third_party_pass(outside: Outside, target: str | None) -> None:
     assert work.changed_options() == {"units": 4, "fast": True}
 
 
+def test_what_is_installed_meanwhile_is_found(outside: Outside) -> None:
+    assert "own-idea" not in registry.names()
+    outside.install("acme-passes", "own-idea", GOOD)
+    assert registry.owner("own-idea") == "acme-passes"
+    assert registry.entries() == registry.entries()
+
+
 def test_a_clash_with_ours_names_both(outside: Outside) -> None:
     outside.install("acme-passes", "ffn-moe", GOOD)
     with pytest.raises(PassClash) as caught:

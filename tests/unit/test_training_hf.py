@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 
 import sparsify
-from sparsify import zoo
-from sparsify.capture import capture
 from sparsify.errors import BadInput
 from sparsify.runtime import losses
 from sparsify.runtime.checkpoint import load_folder
@@ -19,15 +16,11 @@ from sparsify.runtime.router import Router
 from sparsify.runtime.schedule import Schedule
 from sparsify.runtime.sparsity_losses import Adaptive
 from sparsify.training_hf import LOSSES, Auxiliary, as_modules, as_weights
+from tests.contract.zoo_captures import captured
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.randint(0, 64, (16, 12), generator=torch.Generator().manual_seed(0))
 DATA = [{"input_ids": row, "labels": row} for row in IDS]
-
-
-@functools.cache
-def captured(name: str) -> Any:
-    return capture(zoo.build(name).model)
 
 
 def model(pipeline: str = "ffn-moe{experts=8}", name: str = "llama") -> Any:

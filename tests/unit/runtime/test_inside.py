@@ -18,6 +18,7 @@ from sparsify.runtime.inside import LiveNeurons
 from sparsify.runtime.spec import from_spec
 from sparsify.runtime.training import Thresholds, masked, resettle
 from sparsify.weights import dense_weights
+from tests.contract.zoo_captures import captured
 from tests.unit.runtime.examples import Dense
 
 HIDDEN = 60
@@ -274,7 +275,7 @@ def test_what_cannot_be_hosted() -> None:
 def test_compiled_and_calibrated() -> None:
     tokens = torch.randint(3, 120, (16, 32), generator=torch.Generator().manual_seed(2))
     pipeline = "ffn-moe{active=0.5},hidden-route{active=0.5}"
-    model = sparsify.compile("zoo:llama", pipeline, calibration=tokens.split(4))
+    model = sparsify.compile(captured("llama"), pipeline, calibration=tokens.split(4))
     moe, route = model.report.steps
     said = {r.region: r for r in route.remarks}
     for layer in ("model.layers.0.mlp", "model.layers.1.mlp"):
@@ -317,7 +318,7 @@ def test_compiled_and_calibrated() -> None:
 )
 def test_beside_depth_routing(pipeline: str) -> None:
     """A layer whose module went into a recursion step is no host any more."""
-    model = sparsify.compile("zoo:llama", pipeline)
+    model = sparsify.compile(captured("llama"), pipeline)
     assert model.report.ok
     inside = [m for m in model.modules() if isinstance(m, LiveNeurons)]
     route = next(s for s in model.report.steps if s.pass_name == "hidden-route")
@@ -328,7 +329,7 @@ def test_beside_depth_routing(pipeline: str) -> None:
 
 
 def test_second_run_and_other_passes_say_why() -> None:
-    model = sparsify.compile("zoo:llama", "ffn-moe,hidden-route,hidden-route,hidden-mohd")
+    model = sparsify.compile(captured("llama"), "ffn-moe,hidden-route,hidden-route,hidden-mohd")
     _, _, again, other = model.report.steps
     for step, reason in ((again, "already rewritten by hidden-route"), (other, "hidden-route")):
         found = [r for r in step.remarks if r.region.endswith("mlp.down_proj")]
@@ -339,7 +340,7 @@ def test_second_run_and_other_passes_say_why() -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     tokens = torch.randint(3, 120, (8, 32), generator=torch.Generator().manual_seed(2))
     pipeline = "ffn-moe{active=0.5},hidden-route{active=0.5}"
-    model = sparsify.compile("zoo:gpt2", pipeline, calibration=tokens.split(4))
+    model = sparsify.compile(captured("gpt2"), pipeline, calibration=tokens.split(4))
     model.save(tmp_path / "out")
     again = sparsify.load(tmp_path / "out")
     with torch.no_grad():
