@@ -167,7 +167,8 @@ def test_lowered_rows_run_the_kernels_of_their_budget(
     assert bench.notes[0] == (
         f"at 100%, 50% active, {layers} routed modules run lowered; dense is faster (2 times)"
     )
-    assert len(bench.notes) == 1
+    assert len(bench.notes) == 2
+    assert bench.notes[1].startswith("the graph was tidied for decoding: ")
 
     def fails(model: SparseModel) -> None:
         lower(model)
