@@ -219,7 +219,8 @@ class Sum:
 
 def watched(x: Tensor, module: nn.Module) -> bool:
     """Whether autograd or autocast watches: the paths that write into buffers are closed then."""
-    if torch.is_autocast_enabled(x.device.type):
+    # reading ``device.type`` takes longer than the rest, and a decoded token passes here per module
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         return True
     return torch.is_grad_enabled() and (
         x.requires_grad or any(p.requires_grad for p in module.parameters())

@@ -66,10 +66,9 @@ def function(graph: fx.Graph, module: nn.Module, calls: Calls | None = None) -> 
 
 
 def unusual(module: Any) -> bool:
-    """Whether a call does more than to ask the kernel: hooks, or another way of dispatch."""
+    """Whether a call does more than to run ``forward``: hooks."""
     return bool(
-        module.dispatch != "auto"
-        or module._forward_hooks
+        module._forward_hooks
         or module._forward_pre_hooks
         or _hooks._global_forward_hooks
         or _hooks._global_forward_pre_hooks
@@ -124,18 +123,11 @@ class _Printer:
             self._weight(str(target), name)
 
     def _call(self, module: str, node: fx.Node, name: str) -> None:
-        """A module's kernel where it has one and nobody hooked in, else the module."""
+        """The module's own forward, where nobody hooked in."""
         given = self._arguments(node)
-        plain = f"{module}({given})"
-        if node.kwargs:
-            self._lines.append(f"{name} = {plain}")
-            return
         self._lines += [
-            f"k = getattr({module}, 'kernel', None)",
-            f"if k is None or unusual({module}): {name} = {plain}",
-            "else:",
-            f"    {name} = k({module}, {given})",
-            f"    if {name} is None: {name} = {plain}",
+            f"if unusual({module}): {name} = {module}({given})",
+            f"else: {name} = {module}.forward({given})",
         ]
 
     def _weight(self, target: str, name: str) -> None:

@@ -185,8 +185,8 @@ class Bench:
             count = sum(m.kernel is not None for m in found[active] if isinstance(m, RoutedModule))
             text = "; ".join([f"{count} routed modules run lowered", *said])
             budgets_of.setdefault(text, []).append(f"{active:.0%}")
-        self.notes += tidied(self.sparse)
         self.notes += [f"at {', '.join(at)} active, {text}" for text, at in budgets_of.items()]
+        self.notes += tidied(self.sparse)
         return found
 
     # -- the ideal
