@@ -27,7 +27,8 @@ Progress = Callable[[str, int, int], None]
 def lower(
     model: nn.Module, *, int8: bool = False, progress: Progress | None = None
 ) -> tuple[Remark, ...]:
-    """Put kernels into the routed modules of ``model``; one remark for each that does work.
+    """Put kernels into the routed modules of ``model``; one remark for each that does work, and one
+    for the products of what is left dense.
 
     Args:
         model: a SparseModel, or any module that holds routed modules.
@@ -43,12 +44,12 @@ def lower(
             progress("lower", number, len(groups))
         paths, modules = [path for path, _ in group], [module for _, module in group]
         remarks += _lower_alike(paths, modules, device, int8)
-    if isinstance(model, SparseModel):
-        remarks.append(_lower_dense(model, device))
     if progress is not None:
         progress("lower", len(groups), len(groups))
     order = {path: at for at, (path, _) in enumerate(model.named_modules())}
-    return tuple(sorted(remarks, key=lambda r: order[r.region]))
+    remarks.sort(key=lambda r: order[r.region])
+    dense = [_lower_dense(model, device)] if isinstance(model, SparseModel) else []
+    return (*remarks, *dense)
 
 
 def lower_module(module: RoutedModule, *, int8: bool = False) -> Remark:
