@@ -200,7 +200,8 @@ def backward(
     if gate is not None and d_gate is not None:
         terms.append((d_gate, gate))
         of_gate = outer(d_gate, x, slot, starts, gate, gate_bias is not None)
-    dx = scatter(terms, slot, starts, tokens).to(x.dtype)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scatter(terms, starts, select, dx, weighed=False)
     of_up = outer(d_up, x, slot, starts, up, up_bias is not None)
     of_down = outer(weighted, dy, slot, starts, down, False)
     # Slots past the last pair point one past the end, where what was never written ends up.
