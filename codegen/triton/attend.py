@@ -29,6 +29,7 @@ from torch import Tensor
 from sparsify.codegen.triton.blocks import bytes_of, grouped
 from sparsify.codegen.triton.host import PROGRAMS, precision, rowwise
 from sparsify.codegen.triton.spec import KernelSpec
+from sparsify.codegen.triton.traffic import Sample
 from sparsify.core import Refused
 from sparsify.runtime.attend import RoutedAttend
 from sparsify.runtime.program import Program, Ref
@@ -590,15 +591,30 @@ def lower(module: RoutedAttend) -> AttendKernel:
 # ---------------------------------------------------------------------------- specs
 
 
-def _sample(tokens: int, keys: int) -> int:
+def _sample(tokens: int, keys: int, masked: bool = False) -> Sample:
     """8 heads on 4 key/value heads, two of which have live heads, for all tokens."""
     q = torch.zeros(1, 8, tokens, 64, dtype=torch.float16)
     k = torch.zeros(1, 4, keys, 64, dtype=torch.float16)
     select = torch.zeros(1, tokens, 8)
     select[:, :, 2:6] = 1
-    routed_attend(q, k, k.clone(), select, None, 0.125, False, True)
-    # live queries, keys and values of live key/value heads, the selection, the result
-    return q.numel() + 2 * k.numel() + select.numel() * 4 + q.numel() * 2
+    v = k.clone()
+    mask = torch.ones(1, 1, tokens, keys, dtype=torch.bool) if masked else None
+    # live queries, keys and values of live key/value heads, the selection, the result, the mask
+    least = q.numel() + 2 * k.numel() + select.numel() * 4 + q.numel() * 2
+    least += tokens * keys if masked else 0
+    return Sample(lambda: routed_attend(q, k, v, select, mask, 0.125, False, True), least)
+
+
+def _paged_sample() -> Sample:
+    """Two rows of 40 and 25 pages, two of four key/value heads live."""
+    q, select = torch.zeros(2, 8, 1, 64, dtype=torch.float16), torch.zeros(2, 1, 8)
+    select[:, :, 2:6] = 1
+    k = torch.zeros(80, 16, 4, 64, dtype=torch.float16)
+    v, table = k.clone(), torch.arange(80, dtype=torch.int32).view(2, 40)
+    lengths = torch.tensor([640, 400], dtype=torch.int32)
+    # live queries, keys and values of live heads, the pages' numbers, the selection, the result
+    least = q.numel() + 2 * 1040 * 2 * 64 * 2 + 65 * 4 + select.numel() * 4 + q.numel() * 2
+    return Sample(lambda: routed_attend_paged(q, k, v, table, lengths, select, 0.125), least)
 
 
 def _types(*names: str) -> dict[str, str]:
@@ -686,6 +702,7 @@ SPECS = (
         num_warps=8,
         aligned=_ALIGNED,
         gemm=True,
+        sample=lambda: _sample(32, 512, masked=True),
     ),
     KernelSpec(
         "attend_decode",
@@ -719,6 +736,7 @@ SPECS = (
         },
         aligned=tuple(n for n in _ALIGNED if n != "stride_qt"),
         gemm=True,
+        sample=_paged_sample,
     ),
     KernelSpec(
         "attend_join",

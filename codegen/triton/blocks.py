@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.codegen.triton.host import PROGRAMS, precision, rowwise, splits, token_tile
-from sparsify.codegen.triton.linear import add_parts
+from sparsify.codegen.triton.parts import add_parts
 from sparsify.codegen.triton.spec import KernelSpec
+from sparsify.codegen.triton.traffic import Sample
 from sparsify.runtime.heads import RoutedColumns, RoutedRows
 
 
@@ -535,22 +536,24 @@ def lower(module: RoutedRows | RoutedColumns) -> RowsKernel | ColumnsKernel:
 # ---------------------------------------------------------------------------- specs
 
 
-def _rows_sample(tokens: int) -> int:
+def _rows_sample(tokens: int) -> Sample:
     """Every second head of 16 is live, the same for all tokens."""
     select = torch.zeros(tokens, 16)
     select[:, ::2] = 1
     x = torch.zeros(tokens, 1024, dtype=torch.float16)
-    routed_rows(x, select, torch.zeros(16, 64, 1024, dtype=torch.float16), None, None)
-    return x.numel() * 2 + select.numel() * 4 + 8 * 64 * 1024 * 2 + tokens * 1024 * 2
+    blocks = torch.zeros(16, 64, 1024, dtype=torch.float16)
+    least = x.numel() * 2 + select.numel() * 4 + 8 * 64 * 1024 * 2 + tokens * 1024 * 2
+    return Sample(lambda: routed_rows(x, select, blocks, None, None), least)
 
 
-def _columns_sample(tokens: int) -> int:
+def _columns_sample(tokens: int) -> Sample:
     select = torch.zeros(tokens, 32)
     select[:, ::2] = 1
     z = torch.zeros(tokens, 2048, dtype=torch.float16)
-    routed_columns(z, select, torch.zeros(32, 64, 1024, dtype=torch.float16), None, None, None)
+    blocks = torch.zeros(32, 64, 1024, dtype=torch.float16)
     # live columns of z, the selection, live blocks, the result
-    return z.numel() + select.numel() * 4 + 16 * 64 * 1024 * 2 + tokens * 1024 * 2
+    least = z.numel() + select.numel() * 4 + 16 * 64 * 1024 * 2 + tokens * 1024 * 2
+    return Sample(lambda: routed_columns(z, select, blocks, None, None, None), least)
 
 
 def _types(*names: str) -> dict[str, str]:

@@ -24,9 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.codegen.triton import ffn_samples
 from sparsify.codegen.triton import pairs as pairs_module
 from sparsify.codegen.triton.activation import functions
-from sparsify.codegen.triton.host import PROGRAMS, precision
+from sparsify.codegen.triton.ffn_samples import SILU
+from sparsify.codegen.triton.host import PROGRAMS, precision, tile
 from sparsify.codegen.triton.pairs import BLOCK
 from sparsify.codegen.triton.spec import KernelSpec
 
@@ -170,11 +172,6 @@ def ffn_scatter(
     tl.store(out, sums.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & (d < D)[None, :])
 
 
-def tile(size: int, most: int) -> int:
-    """A block size for ``size``: a power of two from 16 (the least of ``tl.dot``) to ``most``."""
-    return int(min(max(triton.next_power_of_2(size), 16), most))
-
-
 def sizes_of(up: Tensor) -> dict[str, Any]:
     """Constants that all kernels of a layer share."""
     n, m, d = up.shape
@@ -233,11 +230,6 @@ def scatter(
 
 # ------------------------------------------------------------------------------ static facts
 
-SILU = (
-    '{"inputs":["up","gate"],"steps":[["up_0","aten.silu.default",{"$tuple":[{"$ref":"gate"}]},'
-    '{"$dict":{}}],["up_1","aten.mul.Tensor",{"$tuple":[{"$ref":"up_0"},{"$ref":"up"}]},'
-    '{"$dict":{}}]],"output":"up_1","wide":false}'
-)
 SHAPE = {"N": 64, "M": 128, "D": 2048, "PRECISION": "tf32"}  # 64 fine experts of a 2048/8192 layer
 SPECS: tuple[KernelSpec, ...] = (
     *pairs_module.SPECS,
@@ -252,6 +244,7 @@ SPECS: tuple[KernelSpec, ...] = (
         | {"BLOCK_K": 32, **SHAPE},
         aligned=("xt",),
         gemm=True,
+        sample=ffn_samples.prefill,
     ),
     KernelSpec(
         "ffn_scatter",
@@ -261,5 +254,16 @@ SPECS: tuple[KernelSpec, ...] = (
         {"BOTH": False, "WEIGHED": True, "BIASED": True, "BLOCK_T": BLOCK, "ROWS": 64}
         | {"COLUMNS": 64, "BLOCK_K": 32, **SHAPE},
         gemm=True,
+        sample=ffn_samples.prefill,
+    ),
+    KernelSpec(
+        "ffn_gradient_x",
+        ffn_scatter,
+        dict.fromkeys(("one", "first", "two", "second"), "*bf16")
+        | {"starts": "*i32", "select": "*bf16", "y": "*bf16", "tokens": "i32"},
+        {"bias": None, "BOTH": True, "WEIGHED": False, "BIASED": False, "BLOCK_T": BLOCK}
+        | {"ROWS": 64, "COLUMNS": 64, "BLOCK_K": 32, **SHAPE},
+        gemm=True,
+        sample=ffn_samples.backward,
     ),
 )

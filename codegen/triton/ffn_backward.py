@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.codegen.triton.activation import functions
-from sparsify.codegen.triton.ffn import SHAPE, SILU, expert_tiles, scatter, sizes_of, tile
-from sparsify.codegen.triton.host import PROGRAMS
+from sparsify.codegen.triton.ffn import SHAPE, expert_tiles, scatter, sizes_of
+from sparsify.codegen.triton.ffn_samples import SILU
+from sparsify.codegen.triton.ffn_samples import backward as sample
+from sparsify.codegen.triton.host import PROGRAMS, tile
 from sparsify.codegen.triton.pairs import sort_pairs
 from sparsify.codegen.triton.spec import KernelSpec
 
@@ -224,6 +226,7 @@ SPECS: tuple[KernelSpec, ...] = (
         | {"BLOCK_K": 32, **SHAPE},
         aligned=("xt",),
         gemm=True,
+        sample=sample,
     ),
     KernelSpec(
         "ffn_outer",
@@ -232,5 +235,6 @@ SPECS: tuple[KernelSpec, ...] = (
         {"sums": None, "rd": 1, "SUMS": False, "ROWS": 64, "COLUMNS": 64, "BLOCK_K": 32, **SHAPE},
         aligned=("rt",),
         gemm=True,
+        sample=sample,
     ),
 )

@@ -10,9 +10,9 @@ of memory.
   tile are listed, and the product runs over that list only. What is dead for the whole tile is
   neither read nor multiplied; what is dead for single tokens is a zero in the left matrix.
 
-Partial sums are float32 and are added in order (:func:`split_sum`): results do not vary from run to
-run. Backward is eager (two masked matrix products): in training, where nearly every feature lives
-for some token, it is a dense product anyway.
+Partial sums are float32 and are added in order (:mod:`sparsify.codegen.triton.parts`): results do
+not vary from run to run. Backward is eager (two masked matrix products): in training, where nearly
+every feature lives for some token, it is a dense product anyway.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.codegen.triton.host import precision, rowwise, splits, token_tile
+from sparsify.codegen.triton.parts import add_parts
 from sparsify.codegen.triton.spec import KernelSpec
+from sparsify.codegen.triton.traffic import Sample
 from sparsify.core import Refused
 from sparsify.runtime.inputs import RoutedLinear
 
@@ -178,49 +180,6 @@ def linear_gemm(
     )
 
 
-@triton.jit
-def split_sum(
-    part,  # (SPLIT, T, out) float32
-    offset,
-    bias,
-    y,  # (T, out)
-    total,  # T * out
-    outputs,
-    OFFSET: tl.constexpr,
-    BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The parts of a sum, added in order, with what is added to every row."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.zeros((BLOCK,), tl.float32)
-    for split in range(SPLIT):
-        value += tl.load(part + split * total.to(tl.int64) + at, mask=at < total, other=0.0)
-    if OFFSET:
-        value += tl.load(offset + at % outputs, mask=at < total, other=0.0).to(tl.float32)
-    if BIAS:
-        value += tl.load(bias + at % outputs, mask=at < total, other=0.0).to(tl.float32)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=at < total)
-
-
-def add_parts(part: Tensor, offset: Tensor | None, bias: Tensor | None, y: Tensor) -> Tensor:
-    """Launch :func:`split_sum`: part (SPLIT, T, out) float32 into y (T, out)."""
-    total = y.numel()
-    split_sum[(triton.cdiv(total, 512),)](
-        part,
-        part if offset is None else offset,
-        part if bias is None else bias,
-        y,
-        total,
-        y.shape[1],
-        OFFSET=offset is not None,
-        BIAS=bias is not None,
-        SPLIT=part.shape[0],
-        BLOCK=512,
-    )
-    return y
-
-
 @torch.library.custom_op("sparsify::routed_linear", mutates_args=())
 def routed_linear(
     x: Tensor,
@@ -354,17 +313,18 @@ def lower(module: RoutedLinear) -> LinearKernel:
 # ---------------------------------------------------------------------------- specs
 
 
-def _sample(tokens: int, inputs: int, outputs: int) -> int:
+def _sample(tokens: int, inputs: int, outputs: int) -> Sample:
     """Half of the features live, the same for all tokens (as much as can be skipped)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, inputs, generator=generator).half()
     dead = torch.rand(inputs, generator=generator) < 0.5
     x = torch.where(dead, 0.0, x.sign() + x).half()
     columns = torch.zeros(inputs, outputs, dtype=torch.float16)
-    routed_linear(x, columns, torch.ones(inputs), None, None, None, 0.5)
+    scale = torch.ones(inputs)
     live = int((x.float().abs() > 0.5).any(0).sum())
     # x, the scale, live rows of the weights, the result
-    return tokens * inputs * 2 + inputs * 4 + live * outputs * 2 + tokens * outputs * 2
+    least = tokens * inputs * 2 + inputs * 4 + live * outputs * 2 + tokens * outputs * 2
+    return Sample(lambda: routed_linear(x, columns, scale, None, None, None, 0.5), least)
 
 
 _GEMM = {
@@ -422,6 +382,7 @@ SPECS = (
         num_stages=3,
         aligned=("inputs", "outputs", "stride_x"),
         gemm=True,
+        sample=lambda: _sample(64, 576, 1536),
     ),
     KernelSpec(
         "linear_gemm_few",
@@ -432,19 +393,5 @@ SPECS = (
         aligned=("inputs", "outputs", "stride_x"),
         gemm=True,
         sample=lambda: _sample(8, 1024, 1024),
-    ),
-    KernelSpec(
-        "split_sum",
-        split_sum,
-        {
-            "part": "*fp32",
-            "offset": "*bf16",
-            "bias": "*bf16",
-            "y": "*bf16",
-            "total": "i32",
-            "outputs": "i32",
-        },
-        {"OFFSET": True, "BIAS": True, "SPLIT": 8, "BLOCK": 512},
-        aligned=("total", "outputs"),
     ),
 )

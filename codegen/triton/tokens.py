@@ -18,14 +18,15 @@ from torch import Tensor
 
 from sparsify.codegen.triton.host import rowwise
 from sparsify.codegen.triton.spec import KernelSpec
+from sparsify.codegen.triton.traffic import Sample
 
 
 @triton.jit
 def gather_rows(
     x,  # (N, D)
     live,  # (N,) uint8
-    packed,  # (N, D): the first `count` rows are written
-    index,  # (N,) int32: the token of each packed row
+    packed,  # (N, D): live rows, then zeros
+    index,  # (N,) int32: the token of each packed row, then zeros
     count,  # (1,) int32
     tokens,
     width,
@@ -34,7 +35,10 @@ def gather_rows(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The live rows of one block of tokens go behind those of the blocks before it."""
+    """The live rows of one block of tokens go behind those of the blocks before it.
+
+    Every token writes one row: a dead one a row of zeros, counted from the end.
+    """
     first = tl.program_id(0) * BLOCK_T
     seen = tl.zeros((BLOCK_N,), tl.int32)
     for start in range(0, first, BLOCK_N):
@@ -43,15 +47,17 @@ def gather_rows(
     t = first + tl.arange(0, BLOCK_T)
     mine = (tl.load(live + t, mask=t < tokens, other=0) != 0).to(tl.int32)
     place = tl.sum(seen, 0) + tl.cumsum(mine, 0) - mine
+    place = tl.where(mine > 0, place, tokens - 1 - (t - place))  # t - place are dead before t
     block = tl.program_id(1)
     if block == 0:
-        tl.store(index + place, t, mask=mine > 0)
+        tl.store(index + place, tl.where(mine > 0, t, 0), mask=t < tokens)
         if first + BLOCK_T >= tokens:
             tl.store(count, tl.sum(seen, 0) + tl.sum(mine, 0))
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    moved = (mine > 0)[:, None] & (d < width)[None, :]
-    row = tl.load(x + t[:, None].to(tl.int64) * stride_x + d[None, :], mask=moved)
-    tl.store(packed + place[:, None].to(tl.int64) * width + d[None, :], row, mask=moved)
+    inside = (t < tokens)[:, None] & (d < width)[None, :]
+    moved = (mine > 0)[:, None] & inside
+    row = tl.load(x + t[:, None].to(tl.int64) * stride_x + d[None, :], mask=moved, other=0.0)
+    tl.store(packed + place[:, None].to(tl.int64) * width + d[None, :], row, mask=inside)
 
 
 @triton.jit
@@ -110,9 +116,12 @@ def gather_tokens(x: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     x = rowwise(x)
     tokens, width = x.shape
-    packed, index = x.new_zeros(tokens, width), live.new_zeros(tokens, dtype=torch.int32)
-    count = live.new_zeros(1, dtype=torch.int32)
-    if x.numel():
+    packed = x.new_empty(tokens, width)
+    index, count = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (tokens, 1))
+    if not x.numel():
+        index.zero_()
+        count.zero_()
+    else:
         mask = live.contiguous().view(torch.uint8)
         gather_rows[_grid(tokens, width)](
             x, mask, packed, index, count, tokens, width, x.stride(0), **_TILE
@@ -187,17 +196,18 @@ def _sample_inputs() -> tuple[Tensor, Tensor]:
     return torch.zeros(512, 1024, dtype=torch.float16), live
 
 
-def _gather_sample() -> int:
+def _gather_sample() -> Sample:
     x, live = _sample_inputs()
-    gather_tokens(x, live)
-    n = int(live.sum())
-    return 2 * n * 1024 * 2 + len(live) + 4 * n  # live rows read and written, the mask, the index
+    # live rows read, all rows written, the mask, the index
+    least = int(live.sum()) * 1024 * 2 + 512 * 1024 * 2 + len(live) + 4 * len(live)
+    return Sample(lambda: gather_tokens(x, live), least)
 
 
-def _scatter_sample() -> int:
+def _scatter_sample() -> Sample:
     x, live = _sample_inputs()
-    scatter_tokens(x, live, x.clone(), None)
-    return 2 * 512 * 1024 * 2 + len(live)  # every row read once and written once, the mask
+    rest = x.clone()
+    least = 2 * 512 * 1024 * 2 + len(live)  # every row read once and written once, the mask
+    return Sample(lambda: scatter_tokens(x, live, rest, None), least)
 
 
 SPECS = (
