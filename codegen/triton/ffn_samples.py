@@ -59,10 +59,10 @@ def decode(tokens: int) -> Sample:
 
 
 def backward() -> Sample:
-    """8 experts of 96 neurons at a width of 576, half of them for each token, at 64 tokens."""
+    """8 experts of 64 neurons at a width of 320, half of them for each token, at 64 tokens."""
     from sparsify.codegen.triton.ffn_ops import routed_ffn_backward
 
-    tokens, experts, m, d, keep = 64, 8, 96, 576, 4
+    tokens, experts, m, d, keep = 64, 8, 64, 320, 4
     x, select, (up, gate, down), live = _layer(tokens, experts, m, d, keep)
     dy = torch.zeros(tokens, d)
     weight, stream = live * m * d * 2, tokens * d * 2

@@ -18,14 +18,16 @@ from sparsify.errors import BadInput, did_you_mean
 
 # Modules with SPECS; those of another lowering are added by their name.
 MODULES: tuple[str, ...] = (
-    "sparsify.codegen.triton.attend",
-    "sparsify.codegen.triton.blocks",
+    "sparsify.codegen.triton.attend_specs",
+    "sparsify.codegen.triton.columns",
     "sparsify.codegen.triton.ffn",
     "sparsify.codegen.triton.ffn_backward",
     "sparsify.codegen.triton.ffn_decode",
+    "sparsify.codegen.triton.groups",
     "sparsify.codegen.triton.linear",
     "sparsify.codegen.triton.parts",
     "sparsify.codegen.triton.router",
+    "sparsify.codegen.triton.rows",
     "sparsify.codegen.triton.tokens",
 )
 
