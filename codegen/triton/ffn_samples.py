@@ -77,5 +77,6 @@ def backward() -> Sample:
             "ffn_outer": 3 * neurons + 3 * stream + 3 * gradient,
         },
         why="up and gate of live experts are read twice, since the gradient of x needs the"
-        " gradients at all neurons; x, dy and these gradients are read again for those of weights",
+        " gradients at all neurons; x, dy and these gradients are read again for those of weights;"
+        " dy is float32, and rounded to the type of x before",
     )

@@ -82,6 +82,10 @@ class Traffic:
         self.by[name] += amount
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
 class _Eager(TorchDispatchMode):
     """Counts what eager operations read and write; looks into the operators of sparsify."""
 
@@ -95,11 +99,12 @@ class _Eager(TorchDispatchMode):
             with self:
                 return OPDEFS[func._name]._init_fn(*args, **kwargs)
         out = func(*args, **kwargs)
-        aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
-        view = any(not a.is_write for a in aliases)
+        given, made = (_tensors(tree) for tree in ((args, kwargs), out))
+        written = any(r.alias_info and r.alias_info.is_write for r in func._schema.returns)
+        held = {t.untyped_storage().data_ptr() for t in given}
+        view = not written and all(t.untyped_storage().data_ptr() in held for t in made)
         if not view and not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
-            moved = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-            amount = sum(t.numel() * t.element_size() for t in moved)
+            amount = sum(t.numel() * t.element_size() for t in given + made)
             self.found.issued += amount
             self.found._add("eager", amount)
         return out

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 
 from sparsify.codegen.triton import facts, traffic
@@ -113,6 +114,19 @@ def test_little_more_is_moved_than_has_to_be(specs: list[KernelSpec]) -> None:
     assert sample.own or not sample.why
     for name, own in sample.own.items():
         assert own * 0.95 <= found.by[name] <= MOST * own, traffic_lines(sample, found)
+
+
+def test_eager_steps_are_counted_and_views_are_not() -> None:
+    x = torch.zeros(10, 32)
+    with traffic.count() as found:
+        x.t().view(32, 10).new_empty(7)
+        x.to(torch.float32)
+        assert not found.moved
+        x.to(torch.float16)  # read and written
+    assert dict(found.by) == {"eager": 10 * 32 * (4 + 2)} and found.moved == found.issued
+    with traffic.count() as found:
+        x.add_(1.0)
+    assert found.moved == 10 * 32 * 4 * 2
 
 
 def test_every_product_is_counted() -> None:
