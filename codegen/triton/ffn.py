@@ -9,9 +9,10 @@ Scheduling. ``ffn_hidden`` is persistent: a fixed number of programs walk the ti
 and places they read on the device, so the host never waits for the counts.
 
 Sums. A program of ``ffn_scatter`` owns a block of tokens and of outputs, and adds its experts'
-products one after the other, in order, in float32: no atomics (which would add in any order), and
-no buffer of pairs x D to reduce (with 64 fine experts, a quarter live, that is 16 rows of D for
-every token). What it costs: an output is read and written once for every pair, out of L2.
+products one after the other, in order, in float32 registers (a product's rows find their tokens
+through shared memory: ``tl.gather``): no atomics (which would add in any order), no buffer of pairs
+x D to reduce (with 64 fine experts, a quarter live, that is 16 rows of D for every token), and
+every output is written once.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.codegen.triton import ffn_samples
 from sparsify.codegen.triton import pairs as pairs_module
 from sparsify.codegen.triton.activation import functions
-from sparsify.codegen.triton.host import PROGRAMS, precision
+from sparsify.codegen.triton.ffn_samples import SILU
+from sparsify.codegen.triton.host import PROGRAMS, precision, tile
 from sparsify.codegen.triton.pairs import BLOCK
 from sparsify.codegen.triton.spec import KernelSpec
 
@@ -38,6 +41,21 @@ def expert_tiles(starts, blocks, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: t
     last = tl.load(starts + blocks * N + n, mask=n < N, other=0)
     tiles = (last - first + ROWS - 1) // ROWS
     return first, last, tl.cumsum(tiles, 0), tiles
+
+
+@triton.jit
+def tile_at(item, first, last, upto, tiles, columns, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
+    """Tile ``item`` of all: expert, pairs (ROWS,), whether they are there, and column tile.
+
+    Each expert has its row tiles times ``columns`` of them; tiles that share weights are
+    neighbours. The other arguments are :func:`expert_tiles`'.
+    """
+    e = tl.sum((upto * columns <= item).to(tl.int32), 0)
+    mine = tl.arange(0, BLOCK_N) == e
+    rows = tl.sum(tl.where(mine, tiles, 0), 0)
+    local = item - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
+    p = tl.sum(tl.where(mine, first, 0), 0) + (local % rows) * ROWS + tl.arange(0, ROWS)
+    return e, p, p < tl.sum(tl.where(mine, last, 0), 0), local // rows
 
 
 @triton.jit
@@ -67,19 +85,12 @@ def ffn_hidden(
     PRECISION: tl.constexpr,
 ):
     """Neurons of all pairs."""
-    n = tl.arange(0, BLOCK_N)
     first, last, upto, tiles = expert_tiles(starts, blocks, N, BLOCK_N, ROWS)
     columns: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     total = tl.sum(tiles, 0) * columns
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
-        e = tl.sum((upto * columns <= item).to(tl.int32), 0)
-        mine = n == e
-        rows = tl.sum(tl.where(mine, tiles, 0), 0)
-        local = item - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
-        # Tiles that share weights are neighbours.
-        p = tl.sum(tl.where(mine, first, 0), 0) + (local % rows) * ROWS + tl.arange(0, ROWS)
-        live = p < tl.sum(tl.where(mine, last, 0), 0)
-        j = (local // rows) * COLUMNS + tl.arange(0, COLUMNS)
+        e, p, live, column = tile_at(item, first, last, upto, tiles, columns, BLOCK_N, ROWS)
+        j = column * COLUMNS + tl.arange(0, COLUMNS)
         token = (tl.load(slot + p, mask=live, other=0) // N).to(tl.int64)
         row = (e * M + j).to(tl.int64)
         a = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -112,14 +123,13 @@ def ffn_scatter(
     first,  # (N, M, D)
     two,  # (P, M) where BOTH
     second,  # (N, M, D) where BOTH
-    slot,  # (P,)
     starts,  # (blocks + 1, N)
-    select,  # (T, N) where WEIGHED
+    select,  # (T, N)
     bias,  # (D,) where BIASED
-    y,  # (T, D) float32
+    y,  # (T, D)
     tokens,
     BOTH: tl.constexpr,
-    WEIGHED: tl.constexpr,
+    WEIGHED: tl.constexpr,  # by select; else every pair counts as one
     BIASED: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
@@ -134,18 +144,15 @@ def ffn_scatter(
     block = tl.program_id(0)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    begin = tl.zeros((BLOCK_T, COLUMNS), tl.float32)
+    sums = tl.zeros((BLOCK_T, COLUMNS), tl.float32)
     if BIASED:
-        begin += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    own = y + t.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(own, begin, mask=(t < tokens)[:, None] & (d < D)[None, :])
-    tl.debug_barrier()  # other threads of this program add to what these wrote
+        sums += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     for e in range(N):
+        begin = tl.load(starts + block * N + e)
         stop = tl.load(starts + (block + 1) * N + e)
-        for at in range(tl.load(starts + block * N + e), stop, ROWS):
+        for at in range(begin, stop, ROWS):
             p = at + tl.arange(0, ROWS)
             live = p < stop
-            place = tl.load(slot + p, mask=live, other=0)
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             for begin_k in range(0, M, BLOCK_K):
                 k = begin_k + tl.arange(0, BLOCK_K)
@@ -160,18 +167,17 @@ def ffn_scatter(
                     a = tl.load(two + left, mask=rows, other=0.0)
                     w = tl.load(second + right, mask=inside, other=0.0)
                     total = tl.dot(a, w, total, input_precision=PRECISION)
+            # Pairs are in the order of tokens: a token's row of `total` is its rank among them.
+            weight = tl.load(select + t * N + e, mask=t < tokens, other=0.0).to(tl.float32)
+            rank = tl.cumsum((weight != 0.0).to(tl.int32), 0) - 1 - (at - begin)
+            mine = (weight != 0.0) & (rank >= 0) & (rank < ROWS)
+            row = tl.where(mine, rank, 0)[:, None]
+            term = tl.gather(total, tl.broadcast_to(row, (BLOCK_T, COLUMNS)), 0)
             if WEIGHED:
-                weight = tl.load(select + place, mask=live, other=0.0).to(tl.float32)
-                total = total * weight[:, None]
-            out = y + (place // N).to(tl.int64)[:, None] * D + d[None, :]
-            inside = live[:, None] & (d < D)[None, :]
-            tl.store(out, tl.load(out, mask=inside, other=0.0) + total, mask=inside)
-            tl.debug_barrier()
-
-
-def tile(size: int, most: int) -> int:
-    """A block size for ``size``: a power of two from 16 (the least of ``tl.dot``) to ``most``."""
-    return int(min(max(triton.next_power_of_2(size), 16), most))
+                term = term * weight[:, None]
+            sums += tl.where(mine[:, None], term, 0.0)
+    out = y + t.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out, sums.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & (d < D)[None, :])
 
 
 def sizes_of(up: Tensor) -> dict[str, Any]:
@@ -206,25 +212,25 @@ def hidden(
 
 def scatter(
     terms: list[tuple[Tensor, Tensor]],
-    slot: Tensor,
     starts: Tensor,
-    tokens: int,
-    select: Tensor | None = None,
+    select: Tensor,
+    y: Tensor,
+    *,
+    weighed: bool,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y (T, D) float32: ``bias`` plus, for every pair, the ``left[p] @ right[e]`` of all terms.
+    """y (T, D) = ``bias`` plus, for every pair, the ``left[p] @ right[e]`` of all terms.
 
     Args:
         terms: one or two of left (P, m), right (N, m, D).
-        select: (T, N) factors, None = one.
+        select: (T, N), contiguous; factors if ``weighed``.
     """
     (one, first), (two, second) = terms[0], terms[-1]
     n, m, d = first.shape
-    y = torch.empty((tokens, d), dtype=torch.float32, device=one.device)
-    rows, columns = tile(min(len(slot) // n, BLOCK), 64), tile(d, 64)
+    rows, columns = tile(min(len(one) // n, BLOCK), 64), tile(d, 64)
     ffn_scatter[(len(starts) - 1, triton.cdiv(d, columns))](
-        one, first, two, second, slot, starts, select, bias, y, tokens,
-        BOTH=len(terms) > 1, WEIGHED=select is not None, BIASED=bias is not None, BLOCK_T=BLOCK,
+        one, first, two, second, starts, select, bias, y, len(y),
+        BOTH=len(terms) > 1, WEIGHED=weighed, BIASED=bias is not None, BLOCK_T=BLOCK,
         ROWS=rows, COLUMNS=columns, BLOCK_K=tile(m, 32), **sizes_of(first),
     )  # fmt: skip
     return y
@@ -232,11 +238,6 @@ def scatter(
 
 # ------------------------------------------------------------------------------ static facts
 
-SILU = (
-    '{"inputs":["up","gate"],"steps":[["up_0","aten.silu.default",{"$tuple":[{"$ref":"gate"}]},'
-    '{"$dict":{}}],["up_1","aten.mul.Tensor",{"$tuple":[{"$ref":"up_0"},{"$ref":"up"}]},'
-    '{"$dict":{}}]],"output":"up_1","wide":false}'
-)
 SHAPE = {"N": 64, "M": 128, "D": 2048, "PRECISION": "tf32"}  # 64 fine experts of a 2048/8192 layer
 SPECS: tuple[KernelSpec, ...] = (
     *pairs_module.SPECS,
@@ -251,15 +252,26 @@ SPECS: tuple[KernelSpec, ...] = (
         | {"BLOCK_K": 32, **SHAPE},
         aligned=("xt",),
         gemm=True,
+        sample=ffn_samples.prefill,
     ),
     KernelSpec(
         "ffn_scatter",
         ffn_scatter,
         dict.fromkeys(("one", "first", "two", "second"), "*bf16")
-        | {"slot": "*i32", "starts": "*i32", "select": "*bf16", "bias": "*bf16"}
-        | {"y": "*fp32", "tokens": "i32"},
+        | {"starts": "*i32", "select": "*bf16", "bias": "*bf16", "y": "*fp32", "tokens": "i32"},
         {"BOTH": False, "WEIGHED": True, "BIASED": True, "BLOCK_T": BLOCK, "ROWS": 64}
         | {"COLUMNS": 64, "BLOCK_K": 32, **SHAPE},
         gemm=True,
+        sample=ffn_samples.prefill,
+    ),
+    KernelSpec(
+        "ffn_gradient_x",
+        ffn_scatter,
+        dict.fromkeys(("one", "first", "two", "second"), "*bf16")
+        | {"starts": "*i32", "select": "*bf16", "y": "*bf16", "tokens": "i32"},
+        {"bias": None, "BOTH": True, "WEIGHED": False, "BIASED": False, "BLOCK_T": BLOCK}
+        | {"ROWS": 64, "COLUMNS": 64, "BLOCK_K": 32, **SHAPE},
+        gemm=True,
+        sample=ffn_samples.backward,
     ),
 )

@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.codegen.triton.activation import functions
-from sparsify.codegen.triton.ffn import SHAPE, SILU, expert_tiles, scatter, sizes_of, tile
-from sparsify.codegen.triton.host import PROGRAMS
+from sparsify.codegen.triton.ffn import SHAPE, expert_tiles, scatter, sizes_of, tile_at
+from sparsify.codegen.triton.ffn_samples import SILU
+from sparsify.codegen.triton.ffn_samples import backward as sample
+from sparsify.codegen.triton.host import PROGRAMS, tile
 from sparsify.codegen.triton.pairs import sort_pairs
 from sparsify.codegen.triton.spec import KernelSpec
 
@@ -54,18 +56,12 @@ def ffn_gradient(
     PRECISION: tl.constexpr,
 ):
     """Gradients at the neurons of all pairs."""
-    n = tl.arange(0, BLOCK_N)
     first, last, upto, tiles = expert_tiles(starts, blocks, N, BLOCK_N, ROWS)
     columns: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     total = tl.sum(tiles, 0) * columns
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
-        e = tl.sum((upto * columns <= item).to(tl.int32), 0)
-        mine = n == e
-        rows = tl.sum(tl.where(mine, tiles, 0), 0)
-        local = item - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
-        p = tl.sum(tl.where(mine, first, 0), 0) + (local % rows) * ROWS + tl.arange(0, ROWS)
-        live = p < tl.sum(tl.where(mine, last, 0), 0)
-        j = (local // rows) * COLUMNS + tl.arange(0, COLUMNS)
+        e, p, live, column = tile_at(item, first, last, upto, tiles, columns, BLOCK_N, ROWS)
+        j = column * COLUMNS + tl.arange(0, COLUMNS)
         place = tl.load(slot + p, mask=live, other=0)
         token = (place // N).to(tl.int64)
         row = (e * M + j).to(tl.int64)
@@ -100,7 +96,7 @@ def ffn_gradient(
         tl.store(d_up + out, da.to(d_up.dtype.element_ty), mask=inside)
         tl.store(weighted + out, (h * weight).to(weighted.dtype.element_ty), mask=inside)
         part = tl.sum(tl.where(inside, h * dh, 0.0), 1)
-        tl.store(d_select + (local // rows).to(tl.int64) * most + p, part, mask=live)
+        tl.store(d_select + column.to(tl.int64) * most + p, part, mask=live)
 
 
 @triton.jit
@@ -200,7 +196,8 @@ def backward(
     if gate is not None and d_gate is not None:
         terms.append((d_gate, gate))
         of_gate = outer(d_gate, x, slot, starts, gate, gate_bias is not None)
-    dx = scatter(terms, slot, starts, tokens).to(x.dtype)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scatter(terms, starts, select, dx, weighed=False)
     of_up = outer(d_up, x, slot, starts, up, up_bias is not None)
     of_down = outer(weighted, dy, slot, starts, down, False)
     # Slots past the last pair point one past the end, where what was never written ends up.
@@ -223,6 +220,7 @@ SPECS: tuple[KernelSpec, ...] = (
         | {"BLOCK_K": 32, **SHAPE},
         aligned=("xt",),
         gemm=True,
+        sample=sample,
     ),
     KernelSpec(
         "ffn_outer",
@@ -231,5 +229,6 @@ SPECS: tuple[KernelSpec, ...] = (
         {"sums": None, "rd": 1, "SUMS": False, "ROWS": 64, "COLUMNS": 64, "BLOCK_K": 32, **SHAPE},
         aligned=("rt",),
         gemm=True,
+        sample=sample,
     ),
 )

@@ -9,14 +9,19 @@ in order. One token is multiplied without ``tl.dot``, whose least tile has sixte
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.codegen.triton import ffn_samples
 from sparsify.codegen.triton.activation import functions
-from sparsify.codegen.triton.ffn import SHAPE, SILU, sizes_of, tile
-from sparsify.codegen.triton.host import PROGRAMS, splits
+from sparsify.codegen.triton.ffn import SHAPE, sizes_of
+from sparsify.codegen.triton.ffn_samples import SILU
+from sparsify.codegen.triton.host import PROGRAMS, splits, tile
+from sparsify.codegen.triton.parts import add_parts
 from sparsify.codegen.triton.spec import KernelSpec
 
 
@@ -178,13 +183,15 @@ def decode(
     decode_down[(blocks, split)](
         h, down, select, part, tokens, SPLIT=split, COLUMNS=columns, BLOCK_K=tile(m, 32), **shared
     )
-    y = part[0] if split == 1 else part.sum(0)
-    return y if down_bias is None else y + down_bias.to(torch.float32)
+    if split == 1 and down_bias is None:
+        return part[0]
+    return add_parts(part, None, down_bias, torch.empty_like(part[0]))
 
 
 def _specs(tokens: int) -> tuple[KernelSpec, ...]:
     block = 1 if tokens == 1 else 16
     shared = {"BLOCK_N": 64, "BLOCK_T": block, **SHAPE}
+    sample = functools.partial(ffn_samples.decode, tokens)
     hidden = dict.fromkeys(("x", "up", "gate", "select", "h"), "*bf16")
     return (
         KernelSpec(
@@ -196,6 +203,7 @@ def _specs(tokens: int) -> tuple[KernelSpec, ...]:
             | {"COLUMNS": 16, "BLOCK_K": 128, **shared},
             aligned=("xt",),
             gemm=tokens > 1,
+            sample=sample,
         ),
         KernelSpec(
             f"decode_down_{tokens}",
@@ -203,6 +211,7 @@ def _specs(tokens: int) -> tuple[KernelSpec, ...]:
             dict.fromkeys(("h", "down", "select"), "*bf16") | {"part": "*fp32", "tokens": "i32"},
             {"SPLIT": 8, "COLUMNS": 64, "BLOCK_K": 32, **shared},
             gemm=tokens > 1,
+            sample=sample,
         ),
     )
 

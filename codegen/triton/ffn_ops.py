@@ -49,7 +49,8 @@ def routed_ffn(
         return ffn_decode.decode(x, select, *parts, activation)
     slot, starts = sort_pairs(select, len(x) * keep)
     h = ffn.hidden(x, up, gate, up_bias, gate_bias, slot, starts, activation)
-    return ffn.scatter([(h, down)], slot, starts, len(x), select, down_bias)
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    return ffn.scatter([(h, down)], starts, select, y, weighed=True, bias=down_bias)
 
 
 @routed_ffn.register_fake

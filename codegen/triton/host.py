@@ -43,6 +43,11 @@ def precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"  # ignored for half types
 
 
+def tile(size: int, most: int) -> int:
+    """A block size for ``size``: a power of two from 16 (the least of ``tl.dot``) to ``most``."""
+    return int(min(max(triton.next_power_of_2(size), 16), most))
+
+
 def token_tile(tokens: int) -> int:
     """Tokens of one program: few where there are few, since ``tl.dot`` takes at least 16."""
     return 16 if tokens <= 16 else 32 if tokens <= 32 else 64

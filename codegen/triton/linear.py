@@ -5,14 +5,14 @@ for t if ``|x[t, j] - centre[j]| * scale[j] > threshold`` (TEAL, arXiv:2408.1469
 :class:`sparsify.runtime.inputs.RoutedLinear`). ``columns`` is (in, out): a live feature is one run
 of memory.
 
-* One token (:func:`linear_gemv`): masked loads, so dead rows are not fetched; split over inputs.
-* More (:func:`linear_live`, :func:`linear_gemm`): the features that are live for some token of a
+* One token (``linear_gemv``): masked loads, so dead rows are not fetched; split over inputs.
+* More (``linear_live``, ``linear_gemm``): the features that are live for some token of a
   tile are listed, and the product runs over that list only. What is dead for the whole tile is
   neither read nor multiplied; what is dead for single tokens is a zero in the left matrix.
 
-Partial sums are float32 and are added in order (:func:`split_sum`): results do not vary from run to
-run. Backward is eager (two masked matrix products): in training, where nearly every feature lives
-for some token, it is a dense product anyway.
+Partial sums are float32 and are added in order (:mod:`sparsify.codegen.triton.parts`): results do
+not vary from run to run. Backward is eager (two masked matrix products): in training, where nearly
+every feature lives for some token, it is a dense product anyway.
 """
 
 from __future__ import annotations
@@ -21,204 +21,15 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparsify.codegen.triton.host import precision, rowwise, splits, token_tile
+from sparsify.codegen.triton.linear_kernels import linear_gemm, linear_gemv, linear_live
+from sparsify.codegen.triton.parts import add_parts
 from sparsify.codegen.triton.spec import KernelSpec
+from sparsify.codegen.triton.traffic import Sample
 from sparsify.core import Refused
 from sparsify.runtime.inputs import RoutedLinear
-
-
-@triton.jit
-def linear_gemv(
-    x,  # (in,)
-    columns,  # (in, out)
-    scale,  # (in,) float32
-    centre,  # (in,) where CENTRED
-    part,  # (SPLIT, out) float32
-    pairs,  # (SPLIT,) int32: live features of each part
-    inputs,
-    outputs,
-    threshold,
-    CENTRED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
-    """One token, one block of outputs, one part of the inputs; dead rows are not loaded."""
-    block = tl.program_id(0)
-    split = tl.program_id(1)
-    out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    span = tl.cdiv(tl.cdiv(inputs, SPLIT), BLOCK_K) * BLOCK_K
-    stop = tl.minimum(split * span + span, inputs)
-    total = tl.zeros((BLOCK_K, BLOCK_OUT), tl.float32)
-    seen = tl.zeros((BLOCK_K,), tl.int32)
-    for start in range(split * span, stop, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        value = tl.load(x + k, mask=k < stop, other=0.0)
-        if CENTRED:
-            value = value - tl.load(centre + k, mask=k < stop, other=0.0).to(value.dtype)
-        wide = value.to(tl.float32)
-        score = tl.abs(wide) * tl.load(scale + k, mask=k < stop, other=0.0)
-        live = (score > threshold) & (k < stop)
-        seen += live.to(tl.int32)
-        weight = tl.load(
-            columns + k[:, None].to(tl.int64) * outputs + out[None, :],
-            mask=live[:, None] & (out < outputs)[None, :],
-            other=0.0,
-        )
-        total += tl.where(live, wide, 0.0)[:, None] * weight.to(tl.float32)
-    tl.store(part + split * outputs + out, tl.sum(total, 0), mask=out < outputs)
-    if block == 0:
-        tl.store(pairs + split, tl.sum(seen, 0))
-
-
-@triton.jit
-def linear_live(
-    x,  # (T, in)
-    scale,
-    centre,
-    index,  # (tiles, in) int32: features live for some token of the tile, ascending
-    count,  # (tiles, 2) int32: how many, and live (token, feature) pairs
-    tokens,
-    inputs,
-    stride_x,
-    threshold,
-    CENTRED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One tile of tokens: the list of the features that any of them uses."""
-    tile = tl.program_id(0)
-    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    found = 0
-    pairs = 0
-    for start in range(0, inputs, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (t < tokens)[:, None] & (k < inputs)[None, :]
-        value = tl.load(x + t[:, None].to(tl.int64) * stride_x + k[None, :], mask=inside, other=0.0)
-        if CENTRED:
-            middle = tl.load(centre + k, mask=k < inputs, other=0.0).to(value.dtype)
-            value = value - middle[None, :]
-        weight = tl.load(scale + k, mask=k < inputs, other=0.0)
-        live = ((tl.abs(value.to(tl.float32)) * weight[None, :] > threshold) & inside).to(tl.int32)
-        used = tl.max(live, 0)
-        place = found + tl.cumsum(used, 0) - used
-        tl.store(index + tile.to(tl.int64) * inputs + place, k, mask=used > 0)
-        found += tl.sum(used, 0)
-        pairs += tl.sum(tl.sum(live, 1), 0)
-    tl.store(count + 2 * tile, found)
-    tl.store(count + 2 * tile + 1, pairs)
-
-
-@triton.jit
-def linear_gemm(
-    x,  # (T, in)
-    columns,  # (in, out)
-    scale,
-    centre,
-    offset,  # (out,) where OFFSET and SPLIT == 1
-    bias,  # (out,) where BIAS and SPLIT == 1
-    index,  # (tiles, in) int32
-    count,  # (tiles, 2) int32
-    y,  # (T, out); (SPLIT, T, out) float32 where SPLIT > 1
-    tokens,
-    inputs,
-    outputs,
-    stride_x,
-    threshold,
-    CENTRED: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of tokens times one block of outputs, over a part of the tile's live features."""
-    tile = tl.program_id(0)
-    block = tl.program_id(1)
-    split = tl.program_id(2)
-    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    found = tl.load(count + 2 * tile)
-    span = tl.cdiv(tl.cdiv(found, SPLIT), BLOCK_K) * BLOCK_K
-    stop = tl.minimum(split * span + span, found)
-    total = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
-    for start in range(split * span, stop, BLOCK_K):
-        at = start + tl.arange(0, BLOCK_K)
-        listed = at < stop
-        k = tl.load(index + tile.to(tl.int64) * inputs + at, mask=listed, other=0)
-        inside = (t < tokens)[:, None] & listed[None, :]
-        value = tl.load(x + t[:, None].to(tl.int64) * stride_x + k[None, :], mask=inside, other=0.0)
-        if CENTRED:
-            middle = tl.load(centre + k, mask=listed, other=0.0).to(value.dtype)
-            value = value - middle[None, :]
-        weight = tl.load(scale + k, mask=listed, other=0.0)
-        live = (tl.abs(value.to(tl.float32)) * weight[None, :] > threshold) & inside
-        right = tl.load(
-            columns + k[:, None].to(tl.int64) * outputs + out[None, :],
-            mask=listed[:, None] & (out < outputs)[None, :],
-            other=0.0,
-        )
-        left = tl.where(live, value, 0.0).to(right.dtype)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
-    if SPLIT == 1:
-        if OFFSET:
-            total += tl.load(offset + out, mask=out < outputs, other=0.0).to(tl.float32)[None, :]
-        if BIAS:
-            total += tl.load(bias + out, mask=out < outputs, other=0.0).to(tl.float32)[None, :]
-    row = split * tokens.to(tl.int64) + t
-    tl.store(
-        y + row[:, None] * outputs + out[None, :],
-        total.to(y.dtype.element_ty),
-        mask=(t < tokens)[:, None] & (out < outputs)[None, :],
-    )
-
-
-@triton.jit
-def split_sum(
-    part,  # (SPLIT, T, out) float32
-    offset,
-    bias,
-    y,  # (T, out)
-    total,  # T * out
-    outputs,
-    OFFSET: tl.constexpr,
-    BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The parts of a sum, added in order, with what is added to every row."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.zeros((BLOCK,), tl.float32)
-    for split in range(SPLIT):
-        value += tl.load(part + split * total.to(tl.int64) + at, mask=at < total, other=0.0)
-    if OFFSET:
-        value += tl.load(offset + at % outputs, mask=at < total, other=0.0).to(tl.float32)
-    if BIAS:
-        value += tl.load(bias + at % outputs, mask=at < total, other=0.0).to(tl.float32)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=at < total)
-
-
-def add_parts(part: Tensor, offset: Tensor | None, bias: Tensor | None, y: Tensor) -> Tensor:
-    """Launch :func:`split_sum`: part (SPLIT, T, out) float32 into y (T, out)."""
-    total = y.numel()
-    split_sum[(triton.cdiv(total, 512),)](
-        part,
-        part if offset is None else offset,
-        part if bias is None else bias,
-        y,
-        total,
-        y.shape[1],
-        OFFSET=offset is not None,
-        BIAS=bias is not None,
-        SPLIT=part.shape[0],
-        BLOCK=512,
-    )
-    return y
 
 
 @torch.library.custom_op("sparsify::routed_linear", mutates_args=())
@@ -354,17 +165,18 @@ def lower(module: RoutedLinear) -> LinearKernel:
 # ---------------------------------------------------------------------------- specs
 
 
-def _sample(tokens: int, inputs: int, outputs: int) -> int:
+def _sample(tokens: int, inputs: int, outputs: int) -> Sample:
     """Half of the features live, the same for all tokens (as much as can be skipped)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, inputs, generator=generator).half()
     dead = torch.rand(inputs, generator=generator) < 0.5
     x = torch.where(dead, 0.0, x.sign() + x).half()
     columns = torch.zeros(inputs, outputs, dtype=torch.float16)
-    routed_linear(x, columns, torch.ones(inputs), None, None, None, 0.5)
+    scale = torch.ones(inputs)
     live = int((x.float().abs() > 0.5).any(0).sum())
     # x, the scale, live rows of the weights, the result
-    return tokens * inputs * 2 + inputs * 4 + live * outputs * 2 + tokens * outputs * 2
+    least = tokens * inputs * 2 + inputs * 4 + live * outputs * 2 + tokens * outputs * 2
+    return Sample(lambda: routed_linear(x, columns, scale, None, None, None, 0.5), least)
 
 
 _GEMM = {
@@ -422,6 +234,7 @@ SPECS = (
         num_stages=3,
         aligned=("inputs", "outputs", "stride_x"),
         gemm=True,
+        sample=lambda: _sample(64, 576, 1536),
     ),
     KernelSpec(
         "linear_gemm_few",
@@ -432,19 +245,5 @@ SPECS = (
         aligned=("inputs", "outputs", "stride_x"),
         gemm=True,
         sample=lambda: _sample(8, 1024, 1024),
-    ),
-    KernelSpec(
-        "split_sum",
-        split_sum,
-        {
-            "part": "*fp32",
-            "offset": "*bf16",
-            "bias": "*bf16",
-            "y": "*bf16",
-            "total": "i32",
-            "outputs": "i32",
-        },
-        {"OFFSET": True, "BIAS": True, "SPLIT": 8, "BLOCK": 512},
-        aligned=("total", "outputs"),
     ),
 )

@@ -20,8 +20,8 @@ _LOWER = {
         ("count_pairs", "place_pairs", "sort_", "ffn_hidden", "ffn_scatter", "decode_"),
     ),
     "RoutedLinear": ("linear.lower", ("linear_", "split_sum")),
-    "RoutedRows": ("blocks.lower", ("group_tokens", "rows_")),
-    "RoutedColumns": ("blocks.lower", ("columns_", "split_sum")),
+    "RoutedRows": ("rows.lower", ("group_tokens", "rows_")),
+    "RoutedColumns": ("columns.lower", ("columns_", "split_sum")),
     "RoutedAttend": ("attend.lower", ("group_tokens", "attend_")),
 }
 

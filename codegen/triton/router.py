@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.codegen.routing import fuses, undisturbed
-from sparsify.codegen.triton.host import check_tensor, precision, token_tile
+from sparsify.codegen.triton.host import check_tensor, precision, tile, token_tile
 from sparsify.codegen.triton.spec import KernelSpec
+from sparsify.codegen.triton.traffic import Sample
 from sparsify.runtime.router import Router
 
 
@@ -118,7 +119,7 @@ def route(
     route_tokens[(triton.cdiv(tokens, block),)](
         x, weight, bias, order, select, tokens, keep, threshold, x.stride(0), x.stride(1),
         COUNTS=keep >= 0, ORDERED=order is not None, S=shared, R=routed, D=width, BLOCK_T=block,
-        BLOCK_R=max(triton.next_power_of_2(routed), 16), BLOCK_K=32, PRECISION=precision(x),
+        BLOCK_R=tile(routed, 256), BLOCK_K=32, PRECISION=precision(x),
     )  # fmt: skip
     return select
 
@@ -146,16 +147,39 @@ def selection(router: Router, x: Tensor) -> Tensor:
     return found
 
 
-SPECS: tuple[KernelSpec, ...] = (
-    KernelSpec(
-        "route_tokens",
+# ---------------------------------------------------------------------------- specs
+
+
+def _sample(routed: int) -> Sample:
+    """Half of the routed units, at 32 tokens of width 1024."""
+    x = torch.zeros(32, 1024, dtype=torch.float16)
+    weight, bias = x.new_zeros(routed, 1024), x.new_zeros(routed)
+    least = (x.numel() + weight.numel() + routed + len(x) * routed) * 2
+    return Sample(lambda: route(x, weight, bias, None, 0, routed // 2, math.inf), least)
+
+
+def _spec(routed: int) -> KernelSpec:
+    """Specialised for so many routed units; 48 of them with 16 shared ones, which have an order."""
+    name = "route_tokens" if routed == 48 else f"route_tokens_{routed}"
+    return KernelSpec(
+        name,
         route_tokens,
         dict.fromkeys(("x", "weight", "bias"), "*bf16")
         | {"order": "*i64", "select": "*bf16", "tokens": "i32", "keep": "i32"}
         | {"threshold": "fp32", "xt": "i32"},
-        {"xd": 1, "COUNTS": True, "ORDERED": True, "S": 16, "R": 48, "D": 2048}
-        | {"BLOCK_T": 16, "BLOCK_R": 64, "BLOCK_K": 32, "PRECISION": "tf32"},
+        {
+            "xd": 1,
+            "COUNTS": True,
+            "ORDERED": routed == 48,
+            "S": 16 if routed == 48 else 0,
+            "R": routed,
+        }
+        | {"D": 2048, "BLOCK_T": 16, "BLOCK_R": tile(routed, 256), "BLOCK_K": 32}
+        | {"PRECISION": "tf32"},
         aligned=("xt",),
         gemm=True,
-    ),
-)
+        sample=lambda: _sample(routed),
+    )
+
+
+SPECS: tuple[KernelSpec, ...] = tuple(_spec(routed) for routed in (8, 48, 64, 256))

@@ -13,17 +13,21 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from sparsify.codegen.triton.traffic import Sample
 from sparsify.errors import BadInput, did_you_mean
 
 # Modules with SPECS; those of another lowering are added by their name.
 MODULES: tuple[str, ...] = (
-    "sparsify.codegen.triton.attend",
-    "sparsify.codegen.triton.blocks",
+    "sparsify.codegen.triton.attend_specs",
+    "sparsify.codegen.triton.columns",
     "sparsify.codegen.triton.ffn",
     "sparsify.codegen.triton.ffn_backward",
     "sparsify.codegen.triton.ffn_decode",
+    "sparsify.codegen.triton.groups",
     "sparsify.codegen.triton.linear",
+    "sparsify.codegen.triton.parts",
     "sparsify.codegen.triton.router",
+    "sparsify.codegen.triton.rows",
     "sparsify.codegen.triton.tokens",
 )
 
@@ -42,9 +46,8 @@ class KernelSpec:
         aligned: integer arguments that are multiples of 16 (pointers always are): without it, no
             vector loads.
         gemm: whether it multiplies matrices, that is: must use the tensor cores of every target.
-        sample: launches the kernel once on inputs of a telling size and gives the least bytes it
-            could have moved: every live weight, every input and every output once, nothing dead,
-            nothing in between. None = traffic is not counted.
+        sample: makes a :class:`~sparsify.codegen.triton.traffic.Sample` of an operator that
+            launches the kernel. None = traffic is not counted.
     """
 
     name: str
@@ -55,7 +58,7 @@ class KernelSpec:
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
     gemm: bool = False
-    sample: Callable[[], int] | None = None
+    sample: Callable[[], Sample] | None = None
 
     @property
     def source_name(self) -> str:

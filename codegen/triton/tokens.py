@@ -18,14 +18,28 @@ from torch import Tensor
 
 from sparsify.codegen.triton.host import rowwise
 from sparsify.codegen.triton.spec import KernelSpec
+from sparsify.codegen.triton.traffic import Sample
+
+
+@triton.jit
+def live_places(live, tokens, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens of the program's block, 1 where they live, and how many live before each."""
+    first = tl.program_id(0) * BLOCK_T
+    seen = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, first, BLOCK_N):
+        before = start + tl.arange(0, BLOCK_N)
+        seen += (tl.load(live + before, mask=before < first, other=0) != 0).to(tl.int32)
+    t = first + tl.arange(0, BLOCK_T)
+    mine = (tl.load(live + t, mask=t < tokens, other=0) != 0).to(tl.int32)
+    return t, mine, tl.sum(seen, 0) + tl.cumsum(mine, 0) - mine
 
 
 @triton.jit
 def gather_rows(
     x,  # (N, D)
     live,  # (N,) uint8
-    packed,  # (N, D): the first `count` rows are written
-    index,  # (N,) int32: the token of each packed row
+    packed,  # (N, D): live rows, then zeros
+    index,  # (N,) int32: the token of each packed row, then zeros
     count,  # (1,) int32
     tokens,
     width,
@@ -34,24 +48,22 @@ def gather_rows(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The live rows of one block of tokens go behind those of the blocks before it."""
-    first = tl.program_id(0) * BLOCK_T
-    seen = tl.zeros((BLOCK_N,), tl.int32)
-    for start in range(0, first, BLOCK_N):
-        before = start + tl.arange(0, BLOCK_N)
-        seen += (tl.load(live + before, mask=before < first, other=0) != 0).to(tl.int32)
-    t = first + tl.arange(0, BLOCK_T)
-    mine = (tl.load(live + t, mask=t < tokens, other=0) != 0).to(tl.int32)
-    place = tl.sum(seen, 0) + tl.cumsum(mine, 0) - mine
+    """The live rows of one block of tokens go behind those of the blocks before it.
+
+    Every token writes one row: a dead one a row of zeros, counted from the end.
+    """
+    t, mine, place = live_places(live, tokens, BLOCK_T, BLOCK_N)
     block = tl.program_id(1)
     if block == 0:
-        tl.store(index + place, t, mask=mine > 0)
-        if first + BLOCK_T >= tokens:
-            tl.store(count, tl.sum(seen, 0) + tl.sum(mine, 0))
+        tl.store(count + t * 0, place + mine, mask=t == tokens - 1)  # by the last token
+    place = tl.where(mine > 0, place, tokens - 1 - (t - place))  # t - place are dead before t
+    if block == 0:
+        tl.store(index + place, tl.where(mine > 0, t, 0), mask=t < tokens)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    moved = (mine > 0)[:, None] & (d < width)[None, :]
-    row = tl.load(x + t[:, None].to(tl.int64) * stride_x + d[None, :], mask=moved)
-    tl.store(packed + place[:, None].to(tl.int64) * width + d[None, :], row, mask=moved)
+    inside = (t < tokens)[:, None] & (d < width)[None, :]
+    moved = (mine > 0)[:, None] & inside
+    row = tl.load(x + t[:, None].to(tl.int64) * stride_x + d[None, :], mask=moved, other=0.0)
+    tl.store(packed + place[:, None].to(tl.int64) * width + d[None, :], row, mask=inside)
 
 
 @triton.jit
@@ -72,14 +84,7 @@ def scatter_rows(
     BLOCK_N: tl.constexpr,
 ):
     """One block of tokens: packed rows where live, else x (or zero) with what stands in."""
-    first = tl.program_id(0) * BLOCK_T
-    seen = tl.zeros((BLOCK_N,), tl.int32)
-    for start in range(0, first, BLOCK_N):
-        before = start + tl.arange(0, BLOCK_N)
-        seen += (tl.load(live + before, mask=before < first, other=0) != 0).to(tl.int32)
-    t = first + tl.arange(0, BLOCK_T)
-    mine = (tl.load(live + t, mask=t < tokens, other=0) != 0).to(tl.int32)
-    place = tl.sum(seen, 0) + tl.cumsum(mine, 0) - mine
+    t, mine, place = live_places(live, tokens, BLOCK_T, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (t < tokens)[:, None] & (d < width)[None, :]
     here = (mine > 0)[:, None] & inside
@@ -110,9 +115,12 @@ def gather_tokens(x: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     x = rowwise(x)
     tokens, width = x.shape
-    packed, index = x.new_zeros(tokens, width), live.new_zeros(tokens, dtype=torch.int32)
-    count = live.new_zeros(1, dtype=torch.int32)
-    if x.numel():
+    packed = x.new_empty(tokens, width)
+    index, count = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (tokens, 1))
+    if not x.numel():
+        index.zero_()
+        count.zero_()
+    else:
         mask = live.contiguous().view(torch.uint8)
         gather_rows[_grid(tokens, width)](
             x, mask, packed, index, count, tokens, width, x.stride(0), **_TILE
@@ -187,17 +195,18 @@ def _sample_inputs() -> tuple[Tensor, Tensor]:
     return torch.zeros(512, 1024, dtype=torch.float16), live
 
 
-def _gather_sample() -> int:
+def _gather_sample() -> Sample:
     x, live = _sample_inputs()
-    gather_tokens(x, live)
-    n = int(live.sum())
-    return 2 * n * 1024 * 2 + len(live) + 4 * n  # live rows read and written, the mask, the index
+    # live rows read, all rows written, the mask, the index
+    least = int(live.sum()) * 1024 * 2 + 512 * 1024 * 2 + len(live) + 4 * len(live)
+    return Sample(lambda: gather_tokens(x, live), least)
 
 
-def _scatter_sample() -> int:
+def _scatter_sample() -> Sample:
     x, live = _sample_inputs()
-    scatter_tokens(x, live, x.clone(), None)
-    return 2 * 512 * 1024 * 2 + len(live)  # every row read once and written once, the mask
+    rest = x.clone()
+    least = 2 * 512 * 1024 * 2 + len(live)  # every row read once and written once, the mask
+    return Sample(lambda: scatter_tokens(x, live, rest, None), least)
 
 
 SPECS = (

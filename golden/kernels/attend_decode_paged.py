@@ -10,6 +10,21 @@ import triton.language as tl
 
 
 @triton.jit
+def softmax_step(score, most, norm):
+    """One more block of scores (rows, keys) of a running softmax.
+
+    ``most`` (rows,) is the largest score so far, ``norm`` the sum of ``exp(score - most)``. Gives
+    the block's exponentials, what earlier sums are multiplied by, and both for the next block. A
+    row that has seen no key yet (all -inf) adds nothing.
+    """
+    now = tl.maximum(most, tl.max(score, 1))
+    base = tl.where(now == float("-inf"), 0.0, now)
+    share = tl.exp(score - base[:, None])
+    fade = tl.exp(most - base)
+    return share, fade, now, norm * fade + tl.sum(share, 1)
+
+
+@triton.jit
 def attend_decode(
     q,  # (B, H, d)
     k,  # (B, G, S, d); pages (P, PAGE, G, d) where PAGE > 0, with strides page, kv head, slot
@@ -103,11 +118,7 @@ def attend_decode(
             else:
                 score += extra.to(tl.float32)
         score = tl.where(seen, score, float("-inf"))
-        now = tl.maximum(most, tl.max(score, 1))
-        base = tl.where(now == float("-inf"), 0.0, now)
-        share = tl.exp(score - base[:, None])
-        fade = tl.exp(most - base)
-        norm = norm * fade + tl.sum(share, 1)
+        share, fade, most, norm = softmax_step(score, most, norm)
         value = tl.load(
             v + g * stride_vg + from_v[:, None] + e[None, :],
             mask=(s < stop)[:, None] & (e < VALUE)[None, :],
@@ -115,7 +126,6 @@ def attend_decode(
         )
         total = total * fade[:, None]
         total = tl.dot(share.to(value.dtype), value, total, input_precision=PRECISION)
-        most = now
     place = split * tl.num_programs(0) * shared + group * shared + n
     tl.store(
         sums + place[:, None] * VALUE + e[None, :], total,

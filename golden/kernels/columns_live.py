@@ -10,6 +10,14 @@ import triton.language as tl
 
 
 @triton.jit
+def append(listed, values, used, found):
+    """``values`` where ``used`` (0 or 1) go behind the ``found`` that are listed; how many then."""
+    place = found + tl.cumsum(used, 0) - used
+    tl.store(listed + place, values, mask=used > 0)
+    return found + tl.sum(used, 0)
+
+
+@triton.jit
 def columns_live(
     select,  # (T, H)
     index,  # (tiles, H) int32: units live for some token of the tile
@@ -34,9 +42,7 @@ def columns_live(
             other=0,
         )
         used = tl.max(((chosen != 0) & inside).to(tl.int32), 0)
-        place = found + tl.cumsum(used, 0) - used
-        tl.store(index + tile * units + place, h, mask=used > 0)
-        found += tl.sum(used, 0)
+        found = append(index + tile * units, h, used, found)
     tl.store(count + tile, found)
 
 

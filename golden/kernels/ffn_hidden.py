@@ -28,6 +28,21 @@ def expert_tiles(starts, blocks, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: t
 
 
 @triton.jit
+def tile_at(item, first, last, upto, tiles, columns, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
+    """Tile ``item`` of all: expert, pairs (ROWS,), whether they are there, and column tile.
+
+    Each expert has its row tiles times ``columns`` of them; tiles that share weights are
+    neighbours. The other arguments are :func:`expert_tiles`'.
+    """
+    e = tl.sum((upto * columns <= item).to(tl.int32), 0)
+    mine = tl.arange(0, BLOCK_N) == e
+    rows = tl.sum(tl.where(mine, tiles, 0), 0)
+    local = item - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
+    p = tl.sum(tl.where(mine, first, 0), 0) + (local % rows) * ROWS + tl.arange(0, ROWS)
+    return e, p, p < tl.sum(tl.where(mine, last, 0), 0), local // rows
+
+
+@triton.jit
 def ffn_hidden(
     x,  # (T, D), strides xt and xd
     up,  # (N, M, D)
@@ -54,19 +69,12 @@ def ffn_hidden(
     PRECISION: tl.constexpr,
 ):
     """Neurons of all pairs."""
-    n = tl.arange(0, BLOCK_N)
     first, last, upto, tiles = expert_tiles(starts, blocks, N, BLOCK_N, ROWS)
     columns: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     total = tl.sum(tiles, 0) * columns
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
-        e = tl.sum((upto * columns <= item).to(tl.int32), 0)
-        mine = n == e
-        rows = tl.sum(tl.where(mine, tiles, 0), 0)
-        local = item - columns * tl.sum(tl.where(mine, upto - tiles, 0), 0)
-        # Tiles that share weights are neighbours.
-        p = tl.sum(tl.where(mine, first, 0), 0) + (local % rows) * ROWS + tl.arange(0, ROWS)
-        live = p < tl.sum(tl.where(mine, last, 0), 0)
-        j = (local // rows) * COLUMNS + tl.arange(0, COLUMNS)
+        e, p, live, column = tile_at(item, first, last, upto, tiles, columns, BLOCK_N, ROWS)
+        j = column * COLUMNS + tl.arange(0, COLUMNS)
         token = (tl.load(slot + p, mask=live, other=0) // N).to(tl.int64)
         row = (e * M + j).to(tl.int64)
         a = tl.zeros((ROWS, COLUMNS), tl.float32)

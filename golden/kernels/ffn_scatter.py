@@ -15,14 +15,13 @@ def ffn_scatter(
     first,  # (N, M, D)
     two,  # (P, M) where BOTH
     second,  # (N, M, D) where BOTH
-    slot,  # (P,)
     starts,  # (blocks + 1, N)
-    select,  # (T, N) where WEIGHED
+    select,  # (T, N)
     bias,  # (D,) where BIASED
-    y,  # (T, D) float32
+    y,  # (T, D)
     tokens,
     BOTH: tl.constexpr,
-    WEIGHED: tl.constexpr,
+    WEIGHED: tl.constexpr,  # by select; else every pair counts as one
     BIASED: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
@@ -37,18 +36,15 @@ def ffn_scatter(
     block = tl.program_id(0)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    begin = tl.zeros((BLOCK_T, COLUMNS), tl.float32)
+    sums = tl.zeros((BLOCK_T, COLUMNS), tl.float32)
     if BIASED:
-        begin += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    own = y + t.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(own, begin, mask=(t < tokens)[:, None] & (d < D)[None, :])
-    tl.debug_barrier()  # other threads of this program add to what these wrote
+        sums += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     for e in range(N):
+        begin = tl.load(starts + block * N + e)
         stop = tl.load(starts + (block + 1) * N + e)
-        for at in range(tl.load(starts + block * N + e), stop, ROWS):
+        for at in range(begin, stop, ROWS):
             p = at + tl.arange(0, ROWS)
             live = p < stop
-            place = tl.load(slot + p, mask=live, other=0)
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             for begin_k in range(0, M, BLOCK_K):
                 k = begin_k + tl.arange(0, BLOCK_K)
@@ -63,13 +59,17 @@ def ffn_scatter(
                     a = tl.load(two + left, mask=rows, other=0.0)
                     w = tl.load(second + right, mask=inside, other=0.0)
                     total = tl.dot(a, w, total, input_precision=PRECISION)
+            # Pairs are in the order of tokens: a token's row of `total` is its rank among them.
+            weight = tl.load(select + t * N + e, mask=t < tokens, other=0.0).to(tl.float32)
+            rank = tl.cumsum((weight != 0.0).to(tl.int32), 0) - 1 - (at - begin)
+            mine = (weight != 0.0) & (rank >= 0) & (rank < ROWS)
+            row = tl.where(mine, rank, 0)[:, None]
+            term = tl.gather(total, tl.broadcast_to(row, (BLOCK_T, COLUMNS)), 0)
             if WEIGHED:
-                weight = tl.load(select + place, mask=live, other=0.0).to(tl.float32)
-                total = total * weight[:, None]
-            out = y + (place // N).to(tl.int64)[:, None] * D + d[None, :]
-            inside = live[:, None] & (d < D)[None, :]
-            tl.store(out, tl.load(out, mask=inside, other=0.0) + total, mask=inside)
-            tl.debug_barrier()
+                term = term * weight[:, None]
+            sums += tl.where(mine[:, None], term, 0.0)
+    out = y + t.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out, sums.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & (d < D)[None, :])
 
 
 SIGNATURE = {
@@ -77,7 +77,6 @@ SIGNATURE = {
     'first': '*bf16',
     'two': '*bf16',
     'second': '*bf16',
-    'slot': '*i32',
     'starts': '*i32',
     'select': '*bf16',
     'bias': '*bf16',

@@ -10,11 +10,24 @@ import triton.language as tl
 
 
 @triton.jit
+def live_places(live, tokens, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens of the program's block, 1 where they live, and how many live before each."""
+    first = tl.program_id(0) * BLOCK_T
+    seen = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, first, BLOCK_N):
+        before = start + tl.arange(0, BLOCK_N)
+        seen += (tl.load(live + before, mask=before < first, other=0) != 0).to(tl.int32)
+    t = first + tl.arange(0, BLOCK_T)
+    mine = (tl.load(live + t, mask=t < tokens, other=0) != 0).to(tl.int32)
+    return t, mine, tl.sum(seen, 0) + tl.cumsum(mine, 0) - mine
+
+
+@triton.jit
 def gather_rows(
     x,  # (N, D)
     live,  # (N,) uint8
-    packed,  # (N, D): the first `count` rows are written
-    index,  # (N,) int32: the token of each packed row
+    packed,  # (N, D): live rows, then zeros
+    index,  # (N,) int32: the token of each packed row, then zeros
     count,  # (1,) int32
     tokens,
     width,
@@ -23,24 +36,22 @@ def gather_rows(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The live rows of one block of tokens go behind those of the blocks before it."""
-    first = tl.program_id(0) * BLOCK_T
-    seen = tl.zeros((BLOCK_N,), tl.int32)
-    for start in range(0, first, BLOCK_N):
-        before = start + tl.arange(0, BLOCK_N)
-        seen += (tl.load(live + before, mask=before < first, other=0) != 0).to(tl.int32)
-    t = first + tl.arange(0, BLOCK_T)
-    mine = (tl.load(live + t, mask=t < tokens, other=0) != 0).to(tl.int32)
-    place = tl.sum(seen, 0) + tl.cumsum(mine, 0) - mine
+    """The live rows of one block of tokens go behind those of the blocks before it.
+
+    Every token writes one row: a dead one a row of zeros, counted from the end.
+    """
+    t, mine, place = live_places(live, tokens, BLOCK_T, BLOCK_N)
     block = tl.program_id(1)
     if block == 0:
-        tl.store(index + place, t, mask=mine > 0)
-        if first + BLOCK_T >= tokens:
-            tl.store(count, tl.sum(seen, 0) + tl.sum(mine, 0))
+        tl.store(count + t * 0, place + mine, mask=t == tokens - 1)  # by the last token
+    place = tl.where(mine > 0, place, tokens - 1 - (t - place))  # t - place are dead before t
+    if block == 0:
+        tl.store(index + place, tl.where(mine > 0, t, 0), mask=t < tokens)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    moved = (mine > 0)[:, None] & (d < width)[None, :]
-    row = tl.load(x + t[:, None].to(tl.int64) * stride_x + d[None, :], mask=moved)
-    tl.store(packed + place[:, None].to(tl.int64) * width + d[None, :], row, mask=moved)
+    inside = (t < tokens)[:, None] & (d < width)[None, :]
+    moved = (mine > 0)[:, None] & inside
+    row = tl.load(x + t[:, None].to(tl.int64) * stride_x + d[None, :], mask=moved, other=0.0)
+    tl.store(packed + place[:, None].to(tl.int64) * width + d[None, :], row, mask=inside)
 
 
 SIGNATURE = {

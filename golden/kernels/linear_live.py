@@ -10,6 +10,14 @@ import triton.language as tl
 
 
 @triton.jit
+def append(listed, values, used, found):
+    """``values`` where ``used`` (0 or 1) go behind the ``found`` that are listed; how many then."""
+    place = found + tl.cumsum(used, 0) - used
+    tl.store(listed + place, values, mask=used > 0)
+    return found + tl.sum(used, 0)
+
+
+@triton.jit
 def linear_live(
     x,  # (T, in)
     scale,
@@ -39,9 +47,7 @@ def linear_live(
         weight = tl.load(scale + k, mask=k < inputs, other=0.0)
         live = ((tl.abs(value.to(tl.float32)) * weight[None, :] > threshold) & inside).to(tl.int32)
         used = tl.max(live, 0)
-        place = found + tl.cumsum(used, 0) - used
-        tl.store(index + tile.to(tl.int64) * inputs + place, k, mask=used > 0)
-        found += tl.sum(used, 0)
+        found = append(index + tile.to(tl.int64) * inputs, k, used, found)
         pairs += tl.sum(tl.sum(live, 1), 0)
     tl.store(count + 2 * tile, found)
     tl.store(count + 2 * tile + 1, pairs)

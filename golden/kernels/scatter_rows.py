@@ -10,6 +10,19 @@ import triton.language as tl
 
 
 @triton.jit
+def live_places(live, tokens, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens of the program's block, 1 where they live, and how many live before each."""
+    first = tl.program_id(0) * BLOCK_T
+    seen = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, first, BLOCK_N):
+        before = start + tl.arange(0, BLOCK_N)
+        seen += (tl.load(live + before, mask=before < first, other=0) != 0).to(tl.int32)
+    t = first + tl.arange(0, BLOCK_T)
+    mine = (tl.load(live + t, mask=t < tokens, other=0) != 0).to(tl.int32)
+    return t, mine, tl.sum(seen, 0) + tl.cumsum(mine, 0) - mine
+
+
+@triton.jit
 def scatter_rows(
     packed,  # (N, D)
     x,  # (N, D): what dead tokens keep, where KEEP
@@ -27,14 +40,7 @@ def scatter_rows(
     BLOCK_N: tl.constexpr,
 ):
     """One block of tokens: packed rows where live, else x (or zero) with what stands in."""
-    first = tl.program_id(0) * BLOCK_T
-    seen = tl.zeros((BLOCK_N,), tl.int32)
-    for start in range(0, first, BLOCK_N):
-        before = start + tl.arange(0, BLOCK_N)
-        seen += (tl.load(live + before, mask=before < first, other=0) != 0).to(tl.int32)
-    t = first + tl.arange(0, BLOCK_T)
-    mine = (tl.load(live + t, mask=t < tokens, other=0) != 0).to(tl.int32)
-    place = tl.sum(seen, 0) + tl.cumsum(mine, 0) - mine
+    t, mine, place = live_places(live, tokens, BLOCK_T, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (t < tokens)[:, None] & (d < width)[None, :]
     here = (mine > 0)[:, None] & inside

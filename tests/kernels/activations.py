@@ -111,7 +111,9 @@ def value_and_bound(
 
     Running error analysis (Higham, Accuracy and Stability of Numerical Algorithms, 3.3): a step
     adds its roundings times its value, and passes on its arguments' errors times its derivatives.
-    A condition whose sides are nearer than their errors may go either way.
+    A condition whose sides are nearer than their errors may go either way. An infinite bound says
+    that float32 may give anything (a divisor that may be zero); one that is NaN would say nothing
+    and compare as nobody expects: AssertionError.
     """
     known: dict[str, tuple[Tensor, Tensor]] = {}
     zero = tuple(torch.zeros_like(x, dtype=torch.float64) for x in inputs)
@@ -125,8 +127,15 @@ def value_and_bound(
         return torch.full_like(like, v), torch.full_like(like, abs(v) * EPS if v % 1 else 0.0)
 
     for let in scalar.lets:
-        known[let.name] = _bounded(let.op, *[get(a) for a in let.args])
+        value, bound = known[let.name] = _bounded(let.op, *[get(a) for a in let.args])
+        lost = bound.isnan() & ~value.isnan()
+        assert not lost.any(), f"no bound on {let.op} in {int(lost.sum())} places"
     return [get(o) for o in scalar.outputs]
+
+
+def _times(size: Tensor, error: Tensor) -> Tensor:
+    """``size * error``; infinite where either is: zero times anything at all is no bound."""
+    return torch.where(size.isinf() | error.isinf(), torch.inf, size * error)
 
 
 def _bounded(op: str, *args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -150,10 +159,11 @@ def _bounded(op: str, *args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if op in ("add", "sub"):
         out, error = getattr(torch, op)(x, y), dx + dy
     elif op == "mul":
-        out, error = x * y, x.abs() * dy + y.abs() * dx + dx * dy
+        out, error = x * y, _times(x.abs(), dy) + _times(y.abs(), dx) + _times(dx, dy)
     elif op == "div":
         out = x / y
-        error = (dx + out.abs() * dy) / (y.abs() - dy).clamp_min(0)
+        least = (y.abs() - dy).clamp_min(0)
+        error = torch.where(least > 0, (dx + _times(out.abs(), dy)) / least, torch.inf)
     elif op == "exp":
         out = x.exp()
         error = out * torch.expm1(dx + 2 * EPS * x.abs())

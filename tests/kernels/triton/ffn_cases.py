@@ -98,8 +98,9 @@ class Case:
 
 
 def close(name: str, found: Tensor, wanted: Tensor, bound: Tensor, label: str) -> None:
+    assert found.shape == wanted.shape == bound.shape
+    assert not bound.isnan().any(), f"{label}: {name} has no bound in {int(bound.isnan().sum())}"
     far = (found.double() - wanted).abs() - bound
-    assert found.shape == wanted.shape
     assert (far <= 0).all(), f"{label}: {name} is {far.max():.3g} past its bound"
 
 
@@ -139,8 +140,9 @@ def bounds(
     found = value_and_bound(
         scalar, *[v for v, _ in first], grad, errors=(*[b for _, b in first], grad_error)
     )
-    live = (weight != 0).double()
-    (h, h_error), *slopes = [(v * live, b * live) for v, b in found]
+    # Chosen, not multiplied by zero: the bound on a dead pair's neuron may be infinite.
+    live, dead = weight != 0, torch.zeros((), dtype=torch.float64)
+    (h, h_error), *slopes = [(v.where(live, dead), b.where(live, dead)) for v, b in found]
     wide = 1.0 + 1e-6  # errors times errors
 
     def pairs(eq: str, *terms: tuple[Tensor, Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:

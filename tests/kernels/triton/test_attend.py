@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.codegen.triton import attend
+from sparsify.codegen.triton import attend, attend_ops
 from sparsify.core import Refused
 from sparsify.runtime.attend import RoutedAttend
 from sparsify.runtime.program import Program, Ref, Step
@@ -128,10 +128,10 @@ def test_dead_heads_read_no_key():
     for tokens in (1, 40):
         live = torch.zeros(1, tokens, 4)
         with traffic.count() as none:
-            attend.routed_attend(q[:, :, :tokens], k, k, live, None, 1.0, False, True)
+            attend_ops.routed_attend(q[:, :, :tokens], k, k, live, None, 1.0, False, True)
         live[:, :, 0] = 1
         with traffic.count() as one:
-            attend.routed_attend(q[:, :, :tokens], k, k, live, None, 1.0, False, True)
+            attend_ops.routed_attend(q[:, :, :tokens], k, k, live, None, 1.0, False, True)
         # one key/value head's keys and values (the same tensor) more than nothing
         assert one.moved - none.moved >= 300 * 16 * 4
         assert none.moved < 300 * 16 * 4
@@ -146,7 +146,7 @@ def test_pages_are_the_keys_they_hold():
     table = torch.stack([table[:5], table[5:10], table[[10, 11, 0, 1, 2]]])
     q = torch.randn(3, 6, 1, 16)
     live = (torch.rand(3, 1, 6) < 0.6).float()
-    found = attend.routed_attend_paged(q, *pages, table, lengths, live, 0.25)
+    found = attend_ops.routed_attend_paged(q, *pages, table, lengths, live, 0.25)
     for row, length in enumerate(lengths.tolist()):
         k, v = (p[table[row].long()].flatten(0, 1)[:length].transpose(0, 1)[None] for p in pages)
         wanted = plain(6, 2, 16)(q[row : row + 1], k, v, live[row : row + 1])
@@ -170,7 +170,9 @@ def test_gradients_are_those_of_eager(mask):
     leaves = [q, k, v, *(o for o in more if o.requires_grad)]
     g = torch.randn(2, 4, 6, 8)
     wanted = torch.autograd.grad(module(q, k, v, live, *more), leaves, g)
-    ours = attend.routed_attend(q, k, v, live, more[0] if more else None, 0.3, mask == "none", True)
+    ours = attend_ops.routed_attend(
+        q, k, v, live, more[0] if more else None, 0.3, mask == "none", True
+    )
     for a, b in zip(torch.autograd.grad(ours, leaves, g), wanted, strict=True):
         close(a, b, 40)
 
@@ -186,4 +188,4 @@ def test_other_score_programs_are_refused():
 def test_ops_are_what_their_fakes_say():
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 7, 8)
     live = (torch.rand(1, 5, 4) < 0.5).float()
-    torch.library.opcheck(attend.routed_attend, (q, k, k.clone(), live, None, 0.3, False, True))
+    torch.library.opcheck(attend_ops.routed_attend, (q, k, k.clone(), live, None, 0.3, False, True))

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.codegen.triton import blocks
+from sparsify.codegen.triton import columns as triton_columns
+from sparsify.codegen.triton import lower
+from sparsify.codegen.triton import rows as triton_rows
 from sparsify.runtime.heads import RoutedColumns, RoutedRows
 from tests.kernels.triton.closeness import close
 
@@ -43,7 +45,7 @@ def both(module: RoutedRows | RoutedColumns, x: torch.Tensor, select: torch.Tens
     counted = (module.counter.units_live, module.counter.tokens, module.counter.rows)
     module.counter.reset()
     ran: list[bool] = []
-    inner = blocks.lower(module)
+    inner = lower.kernel_of(module)
     module.kernel = lambda m, *a: ran.append(True) or inner(m, *a)
     found = module(x, select)
     assert ran
@@ -111,12 +113,12 @@ def test_gradients_are_those_of_eager():
     x = torch.randn(7, 20, requires_grad=True)
     g = torch.randn(7, 45)
     leaves = (x, rows.blocks, rows.bias)
-    ours = blocks.routed_rows(x, live, rows.blocks, rows.bias, rows.places)
+    ours = triton_rows.routed_rows(x, live, rows.blocks, rows.bias, rows.places)
     pairs = [(torch.autograd.grad(ours, leaves, g), torch.autograd.grad(rows(x, live), leaves, g))]
     columns = columns_of(5, 3, 20, True, True).requires_grad_(True)
     z, select = torch.randn(7, 15, requires_grad=True), live.clone().requires_grad_()
     leaves = (z, select, columns.blocks, columns.bias, columns.dropped)
-    ours = blocks.routed_columns(
+    ours = triton_columns.routed_columns(
         z, select, columns.blocks, columns.bias, columns.dropped, columns.places
     )
     g = torch.randn(7, 20)
@@ -131,9 +133,9 @@ def test_ops_are_what_their_fakes_say():
     live = (torch.rand(7, 5) < 0.5).float()
     rows, columns = rows_of(5, 4, 20, 0, True), columns_of(5, 4, 20, True, True)
     torch.library.opcheck(
-        blocks.routed_rows, (torch.randn(7, 20), live, rows.blocks, rows.bias, None)
+        triton_rows.routed_rows, (torch.randn(7, 20), live, rows.blocks, rows.bias, None)
     )
     torch.library.opcheck(
-        blocks.routed_columns,
+        triton_columns.routed_columns,
         (torch.randn(7, 20), live, columns.blocks, columns.bias, columns.dropped, None),
     )

@@ -12,7 +12,8 @@ from sparsify.codegen.triton.ffn_ops import routed_ffn
 from sparsify.codegen.triton.pairs import BLOCK, sort_pairs
 from sparsify.core import Refused
 from sparsify.runtime.program import Program, Ref, Step
-from tests.kernels.triton.ffn_cases import NAMES, Case
+from tests.kernels.activations import further_programs
+from tests.kernels.triton.ffn_cases import NAMES, Case, bounds
 from tests.unit.runtime.examples import SILU, Dense
 
 SMALL = 12  # seeds: every activation of even ones with gradients
@@ -28,6 +29,21 @@ def test_forward_and_gradients(seed: int) -> None:
 def test_random_shapes(seed: int) -> None:
     for i in range(5):
         Case.draw(1000 + 5 * seed + i, 150).check()
+
+
+def test_what_dead_pairs_cannot_bound_bounds_nothing_else() -> None:
+    """1 / x ** 3 of a sum that float32 may have as zero: any value, but its expert is dead."""
+    near = torch.tensor([[1.0, 2.0**-20 - 1]])
+    up = torch.stack([torch.ones(1, 2), torch.tensor([[1.0, -1.0]])])  # 2 ** -20, and about 2
+    down = torch.ones(2, 1, 2)
+    for select, known in (([0.0, 1.0], True), ([1.0, 1.0], False)):
+        tensors = (near, torch.tensor([select]), up, None, down, None, None, None)
+        case = Case(tensors, further_programs()["cube"], 2, str(select))
+        found = bounds(tensors, case.activation, torch.ones(1, 2))
+        for name in ("y", "x", "down"):
+            assert found[name][1].isfinite().all() == known, name
+            assert not found[name][1].isnan().any(), name
+        case.check()
 
 
 @pytest.mark.parametrize("tokens", [1, BLOCK, BLOCK + 1, 3 * BLOCK - 1])

@@ -16,6 +16,7 @@ def check(x: torch.Tensor, live: torch.Tensor, dropped: torch.Tensor | None) -> 
     at = live.nonzero().flatten()
     assert n == len(at) and torch.equal(index[:n].long(), at)
     assert torch.equal(packed[:n], x[at]) and not packed[n:].any()
+    assert not index[n:].any()
     ran = packed * 2
     wanted = x if dropped is None else x + dropped * (~live)[:, None]
     wanted = wanted.index_put((at,), ran[:n])
