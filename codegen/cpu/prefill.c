@@ -8,7 +8,8 @@
  */
 #define SIDE (2 * LANES)    /* tokens of a panel; columns of a tile of down */
 #define BATCH 128           /* tokens of an expert at a time */
-#define PANELS 98304        /* floats of their panels, which stay in the second cache */
+#define PANELS 98304        /* floats of their panels, which stay in the second cache; */
+#define SPARE (BATCH * LANES) /* and up to so many more, for whole vectors */
 #define LDO (BATCH + 16)    /* from row to row of their sums: no power of two */
 #define WIDE 8              /* a block of hidden numbers: (neurons, WIDE), of at most OUTER tokens */
 #define BLOCKS(n) (((n) + OUTER - 1) / OUTER)
@@ -115,7 +116,7 @@ static void side_by_side(const ffn *a, const int32_t *token, int64_t n, int64_t 
 {
     for (int64_t t0 = 0; t0 < wide; t0 += LANES) {
         const float *x[LANES];
-        static const float zeros[PANELS / LANES];
+        static const float zeros[PANELS / LANES + LANES];
         for (int64_t t = 0; t < LANES; t++) x[t] = t0 + t < n ? a->x + token[t0 + t] * a->D + k : zeros;
         int64_t j = 0;
         for (; j + LANES <= depth; j += LANES) {
@@ -193,7 +194,7 @@ static void hidden(const ffn *a, const desk *d, const int32_t *token, int64_t n,
     int64_t per = GATED ? 2 : 1, rows = size * per, D = a->D;
     int64_t full = n / LANES, rest = n % LANES;
     if (rest > ALONE) { full++; rest = 0; }
-    int64_t most = MIN(D, PANELS / (full > 0 ? full * LANES : 1));
+    int64_t most = MIN(D, PANELS / (full > 0 ? full * LANES : 1) / LANES * LANES);
     int64_t beside = MIN(n, full * LANES), parts = (D + most - 1) / most;
     int64_t depth = ((D + parts - 1) / parts + LANES - 1) / LANES * LANES;
     for (int64_t k = 0; k < D; k += depth) {
@@ -340,7 +341,7 @@ static int64_t slice(ffn *a)
     each = (each + PACK / per - 1) / (PACK / per) * (PACK / per); /* whole groups of rows */
     int64_t strips = threads * ((D + threads * COLUMNS - 1) / (threads * COLUMNS));
     int64_t wide = ((D + strips - 1) / strips + SIDE - 1) / SIDE * SIDE;
-    int64_t own = MAX(PANELS + PACK * PITCH + (MOST + 2 * PACK) * LDO, T * wide + RUN * wide);
+    int64_t own = MAX(PANELS + SPARE + PACK * PITCH + (MOST + 2 * PACK) * LDO, T * wide + RUN * wide);
     strips = (D + wide - 1) / wide;
 #pragma omp parallel num_threads((int)threads)
     {
@@ -351,7 +352,7 @@ static int64_t slice(ffn *a)
             failed = 1;
         }
 #pragma omp barrier
-        desk d = {mine, mine + PANELS, mine + PANELS + PACK * PITCH};
+        desk d = {mine, mine + PANELS + SPARE, mine + PANELS + SPARE + PACK * PITCH};
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < (failed ? 0 : lives * chunks); item++) {
             const live *o = of + item / chunks;

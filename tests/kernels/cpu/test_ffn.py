@@ -182,6 +182,20 @@ def test_sizes_beyond_a_block_of_every_kind() -> None:
         assert bool((error <= tolerance(wide, x.float()) + rounding * want.abs()).all())
 
 
+def test_panels_that_just_fit() -> None:
+    """80 tokens of one expert at 1,225 features: whole vectors of them are more than a panel."""
+    torch.manual_seed(0)
+    made = layer(experts=1, size=9, width=1225, shared=0, stands=False).to(torch.bfloat16)
+    x, select = torch.randn(80, 1225).to(torch.bfloat16), torch.ones(80, 1)
+    x[:, :1210] = 0  # the last features are those that would not fit
+    found = FfnKernel(made).compute("prefill", made, x, select.to(torch.bfloat16))
+    assert found is not None
+    wide = copy.deepcopy(made).float()
+    want = wide._masked(x.float(), select, None)
+    bound = tolerance(wide, x.float()) + torch.finfo(torch.bfloat16).eps / 2 * want.abs()
+    assert bool(((found.double() - want.double()).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("lanes", [4, 8])
 def test_narrower_vectors(way: Way, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
