@@ -80,9 +80,17 @@ def set_active(
         raise BadInput(
             f"nothing to set active on{where}", help="model.realised() lists the routers"
         )
+    turn(model, chosen, active, warn=warn)
+    return {path: router.active for path, router in chosen}
+
+
+def turn(
+    model: nn.Module, chosen: Sequence[tuple[str, Budgeted]], active: float, *, warn: bool = True
+) -> None:
+    """Spread the budget ``active`` over these (path, router) of ``model``; the others stay."""
     over = [(path, r) for path, r in chosen if r.clamped(active)]
     if over and warn:
-        warnings.warn(over_budget(active, over), stacklevel=2)
+        warnings.warn(over_budget(active, over), stacklevel=3)
     names = {id(router): name for _, name, router in _owned(model)}
 
     def kind(item: tuple[str, Budgeted]) -> tuple[str, str, bool]:
@@ -101,7 +109,6 @@ def set_active(
         else:
             _diffuse(members, active)
     _tell_company(model)
-    return {path: router.active for path, router in chosen}
 
 
 @contextlib.contextmanager

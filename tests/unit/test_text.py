@@ -66,6 +66,18 @@ def test_selectors_stay_text() -> None:
     assert (stage.at, stage.skip, stage.options) == ("0", "true", {})
 
 
+def test_options_of_some_regions_only() -> None:
+    text = "p{active=0.5 active@*.[2-3].mlp=0.7 x@\"a b\"=true active@*.3.mlp=1 skip=*.9.*}"
+    (stage,) = parse(text)
+    assert stage.options == {"active": 0.5}
+    assert stage.options_at("h.1.mlp") == {"active": 0.5}
+    assert stage.options_at("h.2.mlp") == {"active": 0.7}
+    assert stage.options_at("h.3.mlp") == {"active": 1}  # the last that matches
+    assert stage.options_at("a b") == {"active": 0.5, "x": True}
+    assert str(stage) == text
+    assert parse("p{active@*=1, x=2}")[0].options == {"x": 2}
+
+
 # ---------------------------------------------------------------------------- printing
 
 
@@ -92,6 +104,11 @@ STAGES = st.builds(
     st.dictionaries(KEYS.filter(lambda k: k not in ("at", "skip")), VALUES, max_size=4),
     st.none() | PATTERNS,
     st.none() | PATTERNS,
+    st.lists(
+        st.tuples(KEYS.filter(lambda k: k not in ("at", "skip")), PATTERNS, VALUES),
+        max_size=2,
+        unique_by=lambda local: local[:2],
+    ).map(tuple),
 )
 
 
@@ -126,6 +143,12 @@ def test_infinity_has_no_text() -> None:
 @pytest.mark.parametrize(
     ("text", "message", "carets"),
     [
+        ("p{a@x=1 a@x=2}", "option 'a@x' is given twice", "        ^^^^^"),
+        ("p{a@=1}", "option 'a' needs a path pattern after '@'", "   ^"),
+        ("p{a@[=1}", "option 'a' needs a path pattern after '@'", "   ^"),
+        ("p{a@[x]=1}", "'[x]' is not a path pattern", "   ^^^^"),
+        ("p{a@x.*}", "option 'a' has no value", "  ^^^^^"),
+        ("p{at@x=y}", "'at' names the regions of the whole stage", "    ^^"),
         ("ffn-moe{experts=8", "this '{' is never closed", "       ^"),
         ("ffn-moe,", "a pass name is expected here", "        ^"),
         (",a", "a pass name is expected here, not ','", "^"),
