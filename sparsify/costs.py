@@ -9,7 +9,7 @@ own cost at the budget their router is set to.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -70,6 +70,30 @@ def facts(gm: fx.GraphModule, regions: Sequence[Region], *, context: int = CONTE
         bytes_per_token=total.bytes + total.cache,
         by_kind={kind: cost.flops for kind, cost in parts.items()},
     )
+
+
+def routed_cost(
+    gm: fx.GraphModule,
+    nodes: Iterable[fx.Node],
+    *,
+    context: int = CONTEXT,
+    live: Mapping[RoutedModule, float] | None = None,
+) -> Cost:
+    """Cost of the routed modules among ``nodes``.
+
+    Args:
+        live: module -> share of its units that were really live; as its router is set where it is
+            missing.
+    """
+    total = Cost()
+    for node in nodes:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, RoutedModule):
+            share = (live or {}).get(module)
+            if share is None:
+                share = _active(gm, node, getattr(module, "unit", None))
+            total += module.cost(share, context)
+    return total
 
 
 def _tokens(regions: Sequence[Region]) -> int:

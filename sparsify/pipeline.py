@@ -25,7 +25,7 @@ from sparsify.report import Evidence, Step
 from sparsify.reproducer import write_reproducer
 from sparsify.rewrite import finish, install, node_count, renamed, splice
 from sparsify.runtime.budget import Budgeted
-from sparsify.runtime.dial import routers, turn
+from sparsify.runtime.dial import routers, set_each, turn
 from sparsify.text import StageText, match_path, unparse
 
 Verify = Literal["each", "end", "off"]
@@ -207,18 +207,19 @@ def _turn_dials(state: State, stage: Stage) -> None:
     active = getattr(stage.work, "active", None)
     if not isinstance(active, float):
         return
-    paths = {id(router): path for path, router in routers(state.gm)}
-    spread: list[tuple[str, Budgeted]] = []
-    for placed in state.placed:
-        if placed.stage != len(state.stages) - 1:
-            continue
-        members = [(paths[id(r)], r) for r in placed.routers if id(r) in paths]
-        if any(k == "active" and match_path(p, placed.region) for k, p, _ in stage.text.local):
-            turn(state.gm, members, getattr(stage.work_at(placed.region), "active"))  # noqa: B009
-        else:
-            spread += members
+    mine = [p for p in state.placed if p.stage == len(state.stages) - 1]
+    local = [pattern for key, pattern, _ in stage.text.local if key == "active"]
+    own: dict[Budgeted, float] = {}
+    for placed in mine:
+        if any(match_path(pattern, placed.region) for pattern in local):
+            here: Any = stage.work_at(placed.region)
+            own |= dict.fromkeys(placed.routers, here.active)
+    paths = {router: path for path, router in routers(state.gm)}
+    spread = [(paths[r], r) for p in mine for r in p.routers if r in paths and r not in own]
     if spread:
         turn(state.gm, spread, active)
+    if own:
+        set_each(state.gm, own)
 
 
 def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
