@@ -34,12 +34,13 @@ from sparsify.pipeline import Placed, State
 from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.dial import set_active, set_each
 from sparsify.runtime.model import SparseModel
+from sparsify.searching_goal import Target, target_of
 from sparsify.searching_measure import Measure, Measured, sample
-from sparsify.searching_result import Candidate, Row, Search, Target
+from sparsify.searching_result import Candidate, Row, Search
 from sparsify.searching_speed import timed
-from sparsify.searching_target import Meter, target_of
+from sparsify.searching_target import Meter
 from sparsify.searching_text import pipeline_text
-from sparsify.searching_units import Setting, Unit, units_of
+from sparsify.searching_units import Setting, Unit, units_of, written
 
 PASSES = "hidden-route"
 LEVELS = (0.5, 0.25)  # that each unit is measured at
@@ -250,7 +251,11 @@ class _Work:
         levels, known = self.units[number].levels, self.alone[number]
         if level == 0:
             return 0.0
-        return levels[level].shape * math.exp(self._log_scale(levels, known, level)) * self.scale[number]
+        return (
+            levels[level].shape
+            * math.exp(self._log_scale(levels, known, level))
+            * self.scale[number]
+        )
 
     @staticmethod
     def _log_scale(levels: Sequence[Any], known: dict[int, float], level: int) -> float:
@@ -297,7 +302,7 @@ class _Work:
 
         def setting(active: float) -> dict[Budgeted, float]:
             set_active(self.sparse.graph, active, warn=False)
-            return {r: min(max(round(r.active, 2), 0.01), 1.0) for r in self.routers}
+            return {r: written(r) for r in self.routers}
 
         return self._bisected(setting, budget)
 
@@ -315,7 +320,7 @@ class _Work:
         name: str,
         family: Callable[[float], dict[Budgeted, float] | None],
         budget: float,
-        tries: int = 3,
+        tries: int = 4,
     ) -> _Tried | None:
         """A family's member that really costs ``budget``: its nominal budget is corrected.
 
@@ -412,9 +417,7 @@ class _Work:
                 return found, chosen
         raise AssertionError("a solution that was not solved for")
 
-    def _points(
-        self, front: Front, points: int
-    ) -> tuple[list[Candidate], list[Candidate]]:
+    def _points(self, front: Front, points: int) -> tuple[list[Candidate], list[Candidate]]:
         """Solutions for other budgets, and one even budget at the same cost."""
         shown, evenly = [], []
         least = front.least + self.meter.live
@@ -482,4 +485,3 @@ class _Work:
     def _tick(self, what: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(what, done, total)
-

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from sparsify.costs import routed_cost
 from sparsify.errors import BadInput
@@ -83,7 +83,7 @@ class Measure:
         for number, (run, ids) in enumerate(zip(self.runs, self.ids, strict=True)):
             logits = run.record()
             if number == len(self.teacher):
-                self.teacher.append(logits.float().log_softmax(-1))
+                self.teacher.append(logits.detach().float().log_softmax(-1))
             found.append(divergence(logits, self.teacher[number], ids))
         self.live = self._live()
         self.setting = dict(setting)
@@ -92,22 +92,28 @@ class Measure:
     def full(self, setting: Setting) -> Measured:
         """Measure a setting; what is started from stays."""
         set_each(self.gm, setting)
-        self._reset()
-        found = []
-        for number, (run, ids) in enumerate(zip(self.runs, self.ids, strict=True)):
-            found.append(divergence(run.run(run.nodes[0]), self.teacher[number], ids))
-        return self._sum(found, self._live())
+        return self._run(None, {})
 
     def changed(self, unit: Unit, setting: Setting) -> Measured:
-        """Measure the recorded setting with one unit turned otherwise."""
-        set_each(self.gm, {**self.setting, **setting})
-        self._reset()
-        found = []
-        for number, (run, ids) in enumerate(zip(self.runs, self.ids, strict=True)):
-            found.append(divergence(run.run(unit.start), self.teacher[number], ids))
-        return self._sum(found, {**self.live, **self._live()})
+        """Measure the recorded setting with one unit turned otherwise.
+
+        What routers know of the other passes' budgets stays as recorded too (it changes little
+        with one unit of many, and would change what came before this unit).
+        """
+        set_each(self.gm, self.setting)
+        for router, active in setting.items():
+            router.set_active(active, warn=False)
+        return self._run(unit.start, self.live)
 
     # -- parts
+
+    def _run(self, start: fx.Node | None, live: dict[RoutedModule, float]) -> Measured:
+        """The text from a node on, or all of it; ``live`` of what does not run."""
+        self._reset()
+        found = []
+        for run, ids, teacher in zip(self.runs, self.ids, self.teacher, strict=True):
+            found.append(divergence(run.run(start or run.nodes[0]), teacher, ids))
+        return self._sum(found, {**live, **self._live()})
 
     def _reset(self) -> None:
         for module in self.counted:
@@ -144,6 +150,7 @@ def divergence(logits: Tensor, reference: Tensor, ids: Tensor) -> tuple[Tensor, 
         ids: (batch, token).
     """
     found, nll = [], 0.0
+    logits, reference = logits.detach(), reference.detach()
     target = ids[:, 1:]
     for start in range(0, target.shape[1], _POSITIONS):
         part = slice(start, min(start + _POSITIONS, target.shape[1]))

@@ -9,22 +9,7 @@ from typing import Any
 
 from sparsify.report import number
 from sparsify.report_json import encode
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What a model may cost: ``flops`` or ``bytes`` as a share of the dense model's, or ``speed``.
-
-    Attributes:
-        kind: ``flops`` per token, ``bytes`` read to decode one, ``speed`` of decoding (times).
-        value: what is asked for.
-    """
-
-    kind: str
-    value: float
-
-    def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}"
+from sparsify.searching_goal import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +89,14 @@ class Search:
         """The text that reproduces the found setting."""
         return self.found.pipeline
 
+    def headline(self) -> str:
+        """What was found, in one line."""
+        kind, one = self.target.kind, self.found
+        return (
+            f"sparsify search {self.model} --target {self.target}: {kind} {one.reached:.3f}, KL "
+            f"{one.kl:.4f} nats a token, perplexity x {number(one.ratio, 4)} on {self.text}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {"format": "sparsify-search", "format_version": 1, **encode(self)}
@@ -126,7 +119,9 @@ class Search:
             budget = ", ".join(f"{a:g}" for a in row.active)
             kl = ", ".join(f"{k}: {v:.2g}" for k, v in row.kl.items())
             text = f"{row.pass_name} {_short(row.regions)}: active {budget}; alone, KL at {kl}"
-            lines += textwrap.wrap(text, max(width, 40), initial_indent="  ", subsequent_indent="    ")
+            lines += textwrap.wrap(
+                text, max(width, 40), initial_indent="  ", subsequent_indent="    "
+            )
         for note in self.notes:
             lines += textwrap.wrap(f"note: {note}", max(width, 40), subsequent_indent="  ")
         took = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in self.seconds.items())

@@ -70,7 +70,7 @@ def timed(
         curve.append((size, best))
     shown = ", ".join(f"{size / meter.dense:.2f}: {speed:.2f}" for size, speed in curve)
     note = (
-        f"speed was timed here ({wanted}, one token after {CACHED}, share of bytes: speed = {shown}) "
-        "and differs from run to run"
+        f"speed was timed here ({wanted}, one token after {CACHED}; share of bytes: speed = "
+        f"{shown}) and differs from run to run"
     )
     return dataclasses.replace(meter, curve=tuple(curve), notes=(note,))

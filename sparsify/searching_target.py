@@ -9,38 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsify.costs import routed_cost
-from sparsify.errors import BadInput, did_you_mean
 from sparsify.report import Report
 from sparsify.runtime.cost import Cost
 from sparsify.runtime.dial import set_active
 from sparsify.runtime.model import SparseModel
-from sparsify.searching_result import Target
+from sparsify.searching_goal import Target
 
-KINDS = ("flops", "bytes", "speed")
 Curve = tuple[tuple[float, float], ...]
-
-
-def target_of(text: str) -> Target:
-    """``flops=0.6`` as a Target.
-
-    Raises:
-        BadInput: an unknown kind, no number, or one out of range.
-    """
-    kind, equals, value = text.strip().partition("=")
-    if kind not in KINDS:
-        raise BadInput(
-            f"no target '{kind}'",
-            help=did_you_mean(kind, KINDS) or "flops=0.6, bytes=0.6 or speed=1.5",
-        )
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    good = number > 1 and math.isfinite(number) if kind == "speed" else 0 < number < 1
-    if not equals or not good:
-        legal = "above 1: times the dense speed" if kind == "speed" else "above 0 and below 1"
-        raise BadInput(f"target '{text}' is out of range", help=f"{kind} is {legal}")
-    return Target(kind, number)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A setting of the dials as a pipeline text: ``hidden-route{active@PATHS=0.6 active@PATHS=0.45}``."""
+"""A setting of the dials as a pipeline text: ``hidden-route{active@PATHS=0.6 ...}``."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def _levels(gm: fx.GraphModule, unit: Unit, context: int) -> tuple[Level, ...]:
         if number and all(router.clamped(active) for router in routers):
             break
         spread(routers, active)
-        values = tuple(_written(router) for router in routers)
+        values = tuple(written(router) for router in routers)
         if found and values == found[-1].values:
             continue
         for router, value in zip(routers, values, strict=True):
@@ -144,7 +144,7 @@ def _levels(gm: fx.GraphModule, unit: Unit, context: int) -> tuple[Level, ...]:
     return tuple(found)
 
 
-def _written(router: Budgeted) -> float:
+def written(router: Budgeted) -> float:
     """The router's budget as a pipeline text says it; all live is all live."""
     if router.budget >= router.routed:
         return 1.0

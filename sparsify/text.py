@@ -278,7 +278,7 @@ class _Parser:
                 self.at += 1
                 continue
             self.option(name, options, local, spans)
-        at, skip = (None if v is None else str(v) for v in (options.pop(k, None) for k in _SELECTORS))
+        at, skip = (str(options.pop(k)) if k in options else None for k in _SELECTORS)
         return (StageText(name, options, at, skip, tuple(local), self.source, spans),)
 
     def option(

@@ -67,7 +67,7 @@ def test_selectors_stay_text() -> None:
 
 
 def test_options_of_some_regions_only() -> None:
-    text = "p{active=0.5 active@*.[2-3].mlp=0.7 x@\"a b\"=true active@*.3.mlp=1 skip=*.9.*}"
+    text = 'p{active=0.5 active@*.[2-3].mlp=0.7 x@"a b"=true active@*.3.mlp=1 skip=*.9.*}'
     (stage,) = parse(text)
     assert stage.options == {"active": 0.5}
     assert stage.options_at("h.1.mlp") == {"active": 0.5}
