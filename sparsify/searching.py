@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsify import api
+from sparsify.capture.causal import is_causal_lm
 from sparsify.corpus import token_blocks
 from sparsify.costs import CONTEXT, routed_cost
 from sparsify.errors import BadInput
@@ -93,8 +94,7 @@ def search(
     wanted = target_of(target) if isinstance(target, str) else target
     _check(calibration, tokens, levels, rounds, points, max_kl)
     assert calibration is not None
-    if not isinstance(calibration, str | Path):
-        calibration = list(calibration)
+    text: Any = calibration if isinstance(calibration, str | Path) else list(calibration)
     clock = _Clock()
     placed: list[Placed] = []
 
@@ -102,19 +102,23 @@ def search(
         placed[:] = state.placed
 
     loaded = load_model(model, example=example, tokenizer=tokenizer)
+    if not is_causal_lm(loaded.model, loaded.example):
+        raise BadInput(
+            "search needs a causal language model",
+            why="settings are compared by the divergence of next-token probabilities",
+        )
     clock.tick("load")
     sparse = api.compile(
-        loaded.model, passes, loaded.example, calibration, tokenizer=loaded.tokenizer,
+        loaded.model, passes, loaded.example, text, tokenizer=loaded.tokenizer,
         verify="end", dtype=dtype, seed=seed, context=context, progress=progress, on_step=watch,
     )  # fmt: skip
-    if sparse.kind != "causal-lm":
-        raise BadInput("search needs a causal language model", help=f"this is a {sparse.kind}")
     clock.tick("compile")
-    fitted = api.CALIBRATION_TOKENS
     name, batches = token_blocks(
-        calibration, loaded.tokenizer, length=api.BLOCK, limit=fitted + max(tokens, api.BLOCK),
-        seed=seed,
+        text, loaded.tokenizer, length=api.BLOCK,
+        limit=api.CALIBRATION_TOKENS + max(tokens, api.BLOCK), seed=seed,
     )  # fmt: skip
+    given = not isinstance(text, str | Path) and isinstance(text[0], Tensor)
+    fitted = sum(b.numel() for b in batches) if given else api.CALIBRATION_TOKENS
     meter = Meter.of(sparse, wanted.kind, context=context)
     vocabulary = int(getattr(sparse.call_spec, "vocabulary", 1))
     ids, note = sample(batches, fitted, tokens, vocabulary)

@@ -82,7 +82,7 @@ class Unit:
 
 
 def units_of(gm: fx.GraphModule, placed: Sequence[Placed], *, context: int) -> list[Unit]:
-    """All units that have a level below all live, in the order of the graph.
+    """All units that have a level which saves something, in the order of the graph.
 
     The dials are left as they were.
     """
@@ -102,9 +102,19 @@ def units_of(gm: fx.GraphModule, placed: Sequence[Placed], *, context: int) -> l
         mine = sorted({n for r in routers for n in nodes.get(r, ())}, key=lambda n: order[n])
         unit = Unit(tuple(members), mine[0], tuple(mine))
         levels = _levels(gm, unit, context)
-        if len(levels) > 1:
+        if _saves(levels):
             found.append(dataclasses.replace(unit, levels=levels))
     return sorted(found, key=lambda u: order[u.start])
+
+
+def _saves(levels: Sequence[Level]) -> bool:
+    """Whether any level costs less than all live."""
+    full = levels[0].cost
+    return any(
+        level.cost.flops < full.flops
+        or level.cost.bytes + level.cost.cache < full.bytes + full.cache
+        for level in levels
+    )
 
 
 def _nodes(gm: fx.GraphModule) -> dict[Budgeted, list[fx.Node]]:

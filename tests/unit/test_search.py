@@ -1,4 +1,4 @@
-"""Budget search: measured where it says, solved, reproduced from its text, never worse than even."""
+"""Budget search: measured where it says, reproduced from its text, never worse than even."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparsify
-from sparsify import searching, zoo
+from sparsify import zoo
 from sparsify.errors import BadInput
 from sparsify.pipeline import State
 from sparsify.runtime.dial import set_each
@@ -75,7 +75,7 @@ def test_its_text_reproduces_it(found: Search) -> None:
     units = units_of(sparse.graph, state.placed, context=512)
     dials = {r: r.active for p in state.placed for r in p.routers}
     settings = {r: r.setting for r in dials}
-    ids, _ = sample(text(), searching.api.CALIBRATION_TOKENS, 128, 128)
+    ids, _ = sample(text(), 1024, 128, 128)
     measure = Measure(sparse, units, ids, context=512)
     again = measure.full(dials)
     assert {r: r.setting for r in dials} == settings  # the text set what the search measured
@@ -139,7 +139,7 @@ def test_levels_go_down_in_cost_and_up_in_loss() -> None:
     for unit in units_of(sparse.graph, state.placed, context=512):
         costs = [level.cost.flops for level in unit.levels]
         shapes = [level.shape for level in unit.levels]
-        assert costs[0] == max(costs)
+        assert costs[0] > costs[-1]  # the first step may cost more: what stands in for the dead
         assert costs[1:] == sorted(costs[1:], reverse=True)
         assert shapes == sorted(shapes)
         assert unit.levels[0].values == (1.0,) * len(unit.routers)
@@ -177,14 +177,14 @@ def test_targets_that_are_none(given: str, said: str) -> None:
 
 
 def test_what_cannot_be_reached_says_what_can() -> None:
-    with pytest.raises(BadInput, match="cannot reach flops=0.1") as caught:
+    with pytest.raises(BadInput, match=r"cannot reach flops=0\.1") as caught:
         search("llama", "flops=0.1", "hidden-route")
     assert "flops=0." in str(caught.value.why)
 
 
 def test_refusals() -> None:
     with pytest.raises(BadInput, match="stays within KL"):
-        search("llama", "flops=0.8", ALL, max_kl=1e-6, rounds=0)
+        search("llama", "flops=0.8", ALL, max_kl=1e-6, rounds=0, points=0)
     with pytest.raises(BadInput, match="needs calibration text"):
         sparsify.search(zoo.build("llama").model, "flops=0.8", calibration=None)
     with pytest.raises(BadInput, match="tokenizer"):
