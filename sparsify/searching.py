@@ -371,12 +371,16 @@ class _Work:
             found = self.fit(name, family, budget)
             tried += [found] if found is not None else []
         front = self.front()
+        before: tuple[int, ...] = ()
         for number in range(rounds + 1):
             name = "search" if number == 0 else f"search, round {number}"
             found, chosen = self._solution(name, front, budget)
             if found is None:
                 break
             tried.append(found)
+            if chosen == before:  # what was learnt changed nothing
+                break
+            before = chosen
             if number < rounds:
                 self.again(found, chosen, number + 1)
                 front = self.front()

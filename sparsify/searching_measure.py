@@ -183,9 +183,13 @@ def sample(
         if seen > fitted:
             fresh.append(row)
     note = ""
+    if tokens > most:
+        note = (
+            f"measured on {most} tokens: the log-probabilities of more need over {BYTES >> 20} MB"
+        )
     if sum(row.numel() for row in fresh) < min(tokens, most):
         fresh = rows
-        note = "the text is short: measured on what the routers were fitted on"
+        note = "the text is short: it is measured on what the routers were fitted on"
     length = min(tokens, most, fresh[0].shape[1])
     chosen: list[Tensor] = []
     for row in fresh:

@@ -41,6 +41,8 @@ _SINGLE = re.compile(r"'(?:[^'\\\n]|\\.)*'")
 _FILE = re.compile(r"""[^\s,{}"']+""")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][+-]?[0-9]+)?")
+_STAGE = re.compile(r"\{[^{}]*\}")
+_LOCAL = re.compile(r"""(?<=[{ ])[A-Za-z_][\w-]*@(?:"(?:[^"\\]|\\.)*"|[^\s="])+=[^\s}]+""")
 _WORDS = {"true": True, "True": True, "false": False, "False": False}
 _ODD = "[]{='\"#"
 _QUOTING = "quote text that holds blanks or any of , = # [ ] { } ' \""
@@ -148,6 +150,20 @@ def parse(text: str, *, file: Path | None = None) -> tuple[StageText, ...]:
 def unparse(stages: Iterable[StageText]) -> str:
     """The canonical one-line text of ``stages``."""
     return ",".join(map(str, stages))
+
+
+def shortened(text: str, most: int = 3) -> str:
+    """A canonical pipeline text whose stages list at most ``most`` local options, for reports."""
+
+    def short(stage: re.Match[str]) -> str:
+        found = list(_LOCAL.finditer(stage.group()))
+        if len(found) <= most:
+            return stage.group()
+        more = f"... {len(found) - most} more"
+        at = found[most].start()
+        return stage.group()[:at] + more + stage.group()[found[-1].end() :]
+
+    return _STAGE.sub(short, text)
 
 
 # ---------------------------------------------------------------------------- writing values

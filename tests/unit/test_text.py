@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.errors import BadInput, GrammarError, SparsifyError
-from sparsify.text import Source, StageText, match_path, parse, unparse
+from sparsify.text import Source, StageText, match_path, parse, shortened, unparse
 from sparsify.text_paths import bad_pattern
 
 
@@ -76,6 +76,14 @@ def test_options_of_some_regions_only() -> None:
     assert stage.options_at("a b") == {"active": 0.5, "x": True}
     assert str(stage) == text
     assert parse("p{active@*=1, x=2}")[0].options == {"x": 2}
+
+
+def test_many_local_options_are_shortened_for_reports() -> None:
+    few = 'a{x=1 active@*.[0,2].mlp=0.5 active@"b c"=0.25 at=*},b'
+    assert shortened(few) == few
+    many = "a{x=1 " + " ".join(f"active@m.{n}.mlp=0.{n}" for n in range(1, 7)) + " at=*},b{y=2}"
+    kept = "a{x=1 active@m.1.mlp=0.1 active@m.2.mlp=0.2 active@m.3.mlp=0.3 ... 3 more at=*},b{y=2}"
+    assert shortened(many) == kept
 
 
 # ---------------------------------------------------------------------------- printing
