@@ -39,7 +39,7 @@ def main() -> None:
     options.add_argument("--calibration", default="docstrings")
     options.add_argument("--tokens", type=int, default=4096, help="of each held-out text")
     options.add_argument("--searched", type=int, default=512, help="tokens that are searched on")
-    options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--rounds", type=int, default=1)
     options.add_argument("--points", type=int, default=6)
     options.add_argument("--output", type=Path, default=RESULTS)
     given = options.parse_args()

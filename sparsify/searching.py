@@ -46,7 +46,7 @@ from sparsify.searching_units import Setting, Unit, units_of, written
 PASSES = "hidden-route"
 LEVELS = (0.5, 0.25)  # that each unit is measured at
 TOKENS = 512
-ROUNDS = 2
+ROUNDS = 1
 POINTS = 6  # of the front
 CLOSE = 1e-3  # a cost that is over the target by this share of the dense cost meets it
 Progress = Callable[[str, int, int], None]
@@ -119,14 +119,14 @@ def search(
     )  # fmt: skip
     given = not isinstance(text, str | Path) and isinstance(text[0], Tensor)
     fitted = sum(b.numel() for b in batches) if given else api.CALIBRATION_TOKENS
+    if not any(each.routers for each in placed):
+        raise BadInput(
+            f"nothing in '{passes}' has a budget to search", help="for example: hidden-route"
+        )
     meter = Meter.of(sparse, wanted.kind, context=context)
     vocabulary = int(getattr(sparse.call_spec, "vocabulary", 1))
     ids, note = sample(batches, fitted, tokens, vocabulary)
     units = units_of(sparse.graph, placed, context=context)
-    if not units:
-        raise BadInput(
-            f"nothing in '{passes}' has a budget to search", help="for example: hidden-route"
-        )
     if wanted.kind == "speed":
         meter = timed(meter, sparse, loaded.model, context=context, seed=seed, progress=progress)
     work = _Work(sparse, passes, placed, units, ids, meter, context, progress)
@@ -377,9 +377,9 @@ class _Work:
             found, chosen = self._solution(name, front, budget)
             if found is None:
                 break
-            tried.append(found)
             if chosen == before:  # what was learnt changed nothing
                 break
+            tried.append(found)
             before = chosen
             if number < rounds:
                 self.again(found, chosen, number + 1)

@@ -100,10 +100,14 @@ class Measure:
         What routers know of the other passes' budgets stays as recorded too (it changes little
         with one unit of many, and would change what came before this unit).
         """
-        set_each(self.gm, self.setting)
+        if any((r.active, r.k_exact) != (a, None) for r, a in self.setting.items()):
+            set_each(self.gm, self.setting)
         for router, active in setting.items():
             router.set_active(active, warn=False)
-        return self._run(unit.start, self.live)
+        found = self._run(unit.start, self.live)
+        for router in setting:
+            router.set_active(self.setting[router], warn=False)
+        return found
 
     # -- parts
 

@@ -19,8 +19,9 @@ from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.cost import Cost
 from sparsify.runtime.dial import spread
 
-STEP = 0.05  # between the levels that are solved for
-LEAST = 0.1  # the lowest of them
+STEP, FINE = 0.05, 0.02  # between the levels that are solved for; where there are few units
+FEW = 24
+LEAST = 0.1  # the lowest level
 Setting = Mapping[Budgeted, float]
 
 
@@ -101,7 +102,7 @@ def units_of(gm: fx.GraphModule, placed: Sequence[Placed], *, context: int) -> l
         routers = [r for p in members for r in p.routers]
         mine = sorted({n for r in routers for n in nodes.get(r, ())}, key=lambda n: order[n])
         unit = Unit(tuple(members), mine[0], tuple(mine))
-        levels = _levels(gm, unit, context)
+        levels = _levels(gm, unit, context, STEP if len(grouped) > FEW else FINE)
         if _saves(levels):
             found.append(dataclasses.replace(unit, levels=levels))
     return sorted(found, key=lambda u: order[u.start])
@@ -132,12 +133,12 @@ def _nodes(gm: fx.GraphModule) -> dict[Budgeted, list[fx.Node]]:
     return found
 
 
-def _levels(gm: fx.GraphModule, unit: Unit, context: int) -> tuple[Level, ...]:
+def _levels(gm: fx.GraphModule, unit: Unit, context: int, step: float) -> tuple[Level, ...]:
     routers = unit.routers
     before = [router.setting for router in routers]
     found: list[Level] = []
-    for number in range(round((1 - LEAST) / STEP) + 1):
-        active = round(1 - number * STEP, 4)
+    for number in range(round((1 - LEAST) / step) + 1):
+        active = round(1 - number * step, 4)
         if number and all(router.clamped(active) for router in routers):
             break
         spread(routers, active)

@@ -47,7 +47,7 @@ def search(
     ] = "0.5,0.25",
     rounds: Annotated[
         int, typer.Option(metavar="N", help="Rounds of measuring again around the solution.")
-    ] = 2,
+    ] = 1,
     points: Annotated[int, typer.Option(metavar="N", help="Points of the Pareto front.")] = 6,
     output: Annotated[
         Path | None,

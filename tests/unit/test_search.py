@@ -192,7 +192,7 @@ def test_refusals() -> None:
     with pytest.raises(BadInput, match="are no budgets"):
         search("llama", "flops=0.8", ALL, levels=(1.0,))
     with pytest.raises(BadInput, match="has a budget to search"):
-        search("llama", "flops=0.8", "ffn-upcycle")
+        search("llama", "flops=0.8", "attn-mot")
     bert = zoo.build("bert")
     with pytest.raises(BadInput, match="causal language model"):
         sparsify.search(bert.model, "flops=0.8", example=bert.example, calibration=text())
