@@ -102,14 +102,15 @@ def search(
         placed[:] = state.placed
 
     loaded = load_model(model, example=example, tokenizer=tokenizer)
-    if not is_causal_lm(loaded.model, loaded.example):
+    dense: Any = loaded.model
+    if not is_causal_lm(dense, loaded.example):
         raise BadInput(
             "search needs a causal language model",
             why="settings are compared by the divergence of next-token probabilities",
         )
     clock.tick("load")
     sparse = api.compile(
-        loaded.model, passes, loaded.example, text, tokenizer=loaded.tokenizer,
+        dense, passes, loaded.example, text, tokenizer=loaded.tokenizer,
         verify="end", dtype=dtype, seed=seed, context=context, progress=progress, on_step=watch,
     )  # fmt: skip
     clock.tick("compile")
@@ -128,7 +129,7 @@ def search(
     ids, note = sample(batches, fitted, tokens, vocabulary)
     units = units_of(sparse.graph, placed, context=context)
     if wanted.kind == "speed":
-        meter = timed(meter, sparse, loaded.model, context=context, seed=seed, progress=progress)
+        meter = timed(meter, sparse, dense, context=context, seed=seed, progress=progress)
     work = _Work(sparse, passes, placed, units, ids, meter, context, progress)
     clock.tick("prepare")
     found = work.search(wanted, levels, rounds, points, clock, max_kl)
