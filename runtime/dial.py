@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -80,28 +80,49 @@ def set_active(
         raise BadInput(
             f"nothing to set active on{where}", help="model.realised() lists the routers"
         )
+    turn(model, chosen, active, warn=warn)
+    return {path: router.active for path, router in chosen}
+
+
+def turn(
+    model: nn.Module, chosen: Sequence[tuple[str, Budgeted]], active: float, *, warn: bool = True
+) -> None:
+    """Spread the budget ``active`` over these (path, router) of ``model``; the others stay."""
     over = [(path, r) for path, r in chosen if r.clamped(active)]
     if over and warn:
-        warnings.warn(over_budget(active, over), stacklevel=2)
+        warnings.warn(over_budget(active, over), stacklevel=3)
     names = {id(router): name for _, name, router in _owned(model)}
+    by_pass: dict[str, list[Budgeted]] = {}
+    for _, router in chosen:
+        by_pass.setdefault(names[id(router)], []).append(router)
+    for _, members in sorted(by_pass.items()):
+        spread(members, active)
+    _tell_company(model)
 
-    def kind(item: tuple[str, Budgeted]) -> tuple[str, str, bool]:
-        router = item[1]  # inside a module it may bear no name of its own
-        return (names[id(router)], str(router.selector), router.errors is not None)
 
-    by_kind = itertools.groupby(sorted(chosen, key=kind), key=kind)
-    for (_, _, errors), group in by_kind:
-        members = [router for _, router in group]
-        rule = members[0].selector
-        if rule.spreads and errors and len(members) > 1 and active < 1:
-            _allocate(members, active)
+def spread(members: Sequence[Budgeted], active: float) -> None:
+    """Give routers of one pass the budgets whose mean is ``active``; other passes are not told."""
+
+    def kind(router: Budgeted) -> tuple[str, bool]:
+        return (str(router.selector), router.errors is not None)
+
+    for (_, errors), group in itertools.groupby(sorted(members, key=kind), key=kind):
+        alike = list(group)
+        rule = alike[0].selector
+        if rule.spreads and errors and len(alike) > 1 and active < 1:
+            _allocate(alike, active)
         elif rule.mean:
-            for router in members:
+            for router in alike:
                 router.set_active(active, warn=False)
         else:
-            _diffuse(members, active)
+            _diffuse(alike, active)
+
+
+def set_each(model: nn.Module, values: Mapping[Budgeted, float]) -> None:
+    """Set every router to its own budget: nothing is spread, each one rounds for itself."""
+    for router, active in values.items():
+        router.set_active(active, warn=False)
     _tell_company(model)
-    return {path: router.active for path, router in chosen}
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     )
     from sparsify.report import Report
     from sparsify.runtime.model import SparseModel
+    from sparsify.searching import search
 
 __version__ = "0.1.0"
 
@@ -68,6 +69,7 @@ _HOME = {
     "sparsify.regions": ("Attention", "FeedForward", "Layer", "Projection", "Region", "Stack"),
     "sparsify.report": ("Report",),
     "sparsify.runtime.model": ("SparseModel",),
+    "sparsify.searching": ("search",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -101,6 +103,7 @@ __all__ = [
     "load",
     "option",
     "reproduce",
+    "search",
     "verify",
 ]
 

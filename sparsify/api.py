@@ -353,7 +353,7 @@ def _calibrate(
         ports: dict[str, int] = {}
         for stage in stages:
             if isinstance(region, stage.work.region_type) and stage.selects(region):
-                for port, count in stage.work.taps(region).items():
+                for port, count in stage.work_at(region.path).taps(region).items():
                     ports[port] = max(ports.get(port, 0), count)
         if ports:
             wants.append((region, ports))

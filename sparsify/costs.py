@@ -9,7 +9,7 @@ own cost at the budget their router is set to.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -59,7 +59,7 @@ def facts(gm: fx.GraphModule, regions: Sequence[Region], *, context: int = CONTE
     nodes = set(gm.graph.nodes)
     for region in regions:
         here = region.ports["y"] in nodes  # else it lies inside a routed layer, which counts it
-        if isinstance(region, Attention) and region.rewritten_by is None and here:
+        if isinstance(region, Attention) and here and _attends(region, nodes):
             add("attention scores", _dense_attention(region, context))
     total = sum(parts.values(), Cost())
     return ModelFacts(
@@ -70,6 +70,30 @@ def facts(gm: fx.GraphModule, regions: Sequence[Region], *, context: int = CONTE
         bytes_per_token=total.bytes + total.cache,
         by_kind={kind: cost.flops for kind, cost in parts.items()},
     )
+
+
+def routed_cost(
+    gm: fx.GraphModule,
+    nodes: Iterable[fx.Node],
+    *,
+    context: int = CONTEXT,
+    live: Mapping[RoutedModule, float] | None = None,
+) -> Cost:
+    """Cost of the routed modules among ``nodes``.
+
+    Args:
+        live: module -> share of its units that were really live; as its router is set where it is
+            missing.
+    """
+    total = Cost()
+    for node in nodes:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, RoutedModule):
+            share = (live or {}).get(module)
+            if share is None:
+                share = _active(gm, node, getattr(module, "unit", None))
+            total += module.cost(share, context)
+    return total
 
 
 def _tokens(regions: Sequence[Region]) -> int:
@@ -86,6 +110,14 @@ def _active(gm: fx.GraphModule, node: fx.Node, unit: int | None) -> float | None
             if isinstance(module, Budgeted):
                 return module.live_share(unit)
     return None
+
+
+def _attends(region: Attention, nodes: Collection[fx.Node]) -> bool:
+    """Whether the graph scores keys densely here: passes may rewrite the projections only."""
+    if region.rewritten_by is None:
+        return True
+    site = region.sites.get("attend")
+    return site is not None and site.result in nodes and site.result.op != "call_module"
 
 
 def _dense_attention(region: Attention, context: int) -> Cost:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify import registry
 from sparsify.core import Moved, Pass, Refused, Remark, Rewrite
 from sparsify.costs import facts
 from sparsify.errors import ClaimFailed
@@ -23,8 +24,9 @@ from sparsify.regions import Matches, NearMiss, Region
 from sparsify.report import Evidence, Step
 from sparsify.reproducer import write_reproducer
 from sparsify.rewrite import finish, install, node_count, renamed, splice
-from sparsify.runtime.dial import set_active
-from sparsify.text import StageText, unparse
+from sparsify.runtime.budget import Budgeted
+from sparsify.runtime.dial import routers, set_each, turn
+from sparsify.text import StageText, match_path, unparse
 
 Verify = Literal["each", "end", "off"]
 Progress = Callable[[str, int, int], None]
@@ -41,13 +43,28 @@ class Stage:
         """Whether ``at=`` and ``skip=`` let this stage work on the region."""
         return self.text.selects(region.path)
 
+    def work_at(self, path: str) -> Pass[Any]:
+        """The pass with the options of the region at ``path``."""
+        return registry.build(self.text, path) if self.text.local else self.work
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Routers that a stage made for a region; ``stage`` is its index in the pipeline."""
+
+    stage: int
+    pass_name: str
+    region: str
+    routers: tuple[Budgeted, ...]
+
 
 @dataclasses.dataclass
 class State:
     """What a run of passes changes: the graph, its regions, the stages and claims so far.
 
     ``dense`` holds every region's result on the example before any rewrite (float, small),
-    ``made`` the modules spliced in, ``proven`` what each was claimed to keep.
+    ``made`` the modules spliced in, ``placed`` their routers, ``proven`` what each module was
+    claimed to keep.
     """
 
     gm: fx.GraphModule
@@ -58,6 +75,7 @@ class State:
     claims: list[Proven] = dataclasses.field(default_factory=list)
     stages: list[Stage] = dataclasses.field(default_factory=list)
     made: list[tuple[nn.Module, Pass[Any]]] = dataclasses.field(default_factory=list)
+    placed: list[Placed] = dataclasses.field(default_factory=list)
     proven: dict[nn.Module, Proven] = dataclasses.field(default_factory=dict)
     moved: dict[str, str] = dataclasses.field(default_factory=dict)  # routed modules: was -> is
     only: Callable[[Region], bool] | None = None  # bisect narrows the regions with this
@@ -127,7 +145,11 @@ def run_stage(
             else:
                 names = splice(state.gm, region, outcome, work.name, everything)
             new = _modules(outcome)
-            state.made += [(module, work) for module in new]
+            local = stage.work_at(region.path)
+            state.made += [(module, local) for module in new]
+            found = {m: None for module in new for m in module.modules() if isinstance(m, Budgeted)}
+            at = len(state.stages) - 1
+            state.placed.append(Placed(at, work.name, region.path, tuple(found)))
             for was, now in outcome.moved.items():
                 state.moved[was] = next(
                     (now.replace(a, b, 1) for a, b in names.items() if now.startswith(f"{a}.")), now
@@ -158,9 +180,8 @@ def run_stage(
         evidence = check_regions(state.gm, state.example, done, state.dense, others)
         evidence.append(check_end_to_end(state.gm, state.example, state.golden, state.claims))
         stop_on_failure(state, stage, evidence, reproducer)
-    active = getattr(work, "active", None)
-    if done and isinstance(active, float):
-        set_active(state.gm, active, pass_name=work.name)
+    if done:
+        _turn_dials(state, stage)
     after = facts(state.gm, state.matches.regions, context=context)
     return Step(
         pass_name=work.name,
@@ -179,9 +200,32 @@ def run_stage(
     )
 
 
+def _turn_dials(state: State, stage: Stage) -> None:
+    """Set this stage's routers to its ``active``: local budgets as they are, the other one spread.
+
+    A budget that is local to a pattern is that of each region it matches.
+    """
+    active = getattr(stage.work, "active", None)
+    if not isinstance(active, float):
+        return
+    mine = [p for p in state.placed if p.stage == len(state.stages) - 1]
+    local = [pattern for key, pattern, _ in stage.text.local if key == "active"]
+    own: dict[Budgeted, float] = {}
+    for placed in mine:
+        if any(match_path(pattern, placed.region) for pattern in local):
+            here: Any = stage.work_at(placed.region)
+            own |= dict.fromkeys(placed.routers, here.active)
+    paths = {router: path for path, router in routers(state.gm)}
+    spread = [(paths[r], r) for p in mine for r in p.routers if r in paths and r not in own]
+    if spread:
+        turn(state.gm, spread, active)
+    if own:
+        set_each(state.gm, own)
+
+
 def _one(state: State, stage: Stage, region: Region) -> Remark | Rewrite:
     """The rewrite of one region, or why it stays as it is."""
-    work = stage.work
+    work = stage.work_at(region.path)
 
     def left(reason: str, suggestion: str | None = None) -> Remark:
         return Remark("left", work.name, region.path, region.kind, reason, suggestion, region.where)

@@ -148,11 +148,18 @@ def problems() -> tuple[PassClash, ...]:
     return survey()[1]
 
 
-def build(stage: StageText) -> Pass[Any]:
-    """The pass that ``stage`` describes; errors point at the culprit in the pipeline text."""
+def build(stage: StageText, path: str | None = None) -> Pass[Any]:
+    """The pass that ``stage`` describes; errors point at the culprit in the pipeline text.
+
+    Args:
+        path: of a region: with the options that are local to it; None = without any (those are
+            checked all the same).
+    """
     cls = _load(_entry(stage.name, stage.caret()))
     try:
-        return cls.build(stage.options)
+        for key, _, value in stage.local if path is None else ():
+            cls.build({**stage.options, key: value})
+        return cls.build(stage.options if path is None else stage.options_at(path))
     except BadOption as error:
         key = _culprit(cls, stage)
         raise BadOption(
@@ -183,11 +190,12 @@ def survey() -> tuple[dict[str, type[Pass[Any]]], tuple[PassClash, ...]]:
 def _culprit(cls: type[Pass[Any]], stage: StageText) -> str:
     """The span key of the first option that is wrong by itself."""
     fields = {f.name for f in dataclasses.fields(cls)}
-    for key, value in stage.options.items():
+    local = [(f"{key}@{pattern}", key, value) for key, pattern, value in stage.local]
+    for full, key, value in [*((k, k, v) for k, v in stage.options.items()), *local]:
         try:
             cls.build({key: value})
         except BadOption:
-            return f"{key}=" if key in fields else key
+            return f"{full}=" if key in fields else full
     return ""
 
 

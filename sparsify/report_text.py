@@ -14,6 +14,7 @@ from typing import Any
 
 from sparsify.report import Evidence, ModelFacts, Quality, Report, Routing, Step, number
 from sparsify.report_groups import RemarkGroup, group_remarks, group_weights
+from sparsify.text import shortened
 
 _LABEL = 10  # columns of the labels at the left
 FEW = 16  # units of a router that are shown one by one (heads, mostly)
@@ -81,7 +82,7 @@ def page(report: Report, *, width: int = 100, stable: bool = False) -> Page:
     out = Page(max(width, 40))
     name = "sparsify" if stable else f"sparsify {report.version}"
     out.full(f"{name}   {report.model}   {report.dtype}", "title")
-    out.line(report.pipeline, label="pipeline")
+    out.line(shortened(report.pipeline), label="pipeline")
     if report.calibration:
         out.line(f"fitted on {report.calibration}", label="data")
     _headline(out, report)
@@ -132,7 +133,7 @@ def _checks(report: Report) -> list[Evidence]:
 
 
 def _step(out: Page, step: Step, at: int, *, stable: bool, context: int) -> None:
-    out.heading(f"{at}. {step.options}   claims {step.claim}")
+    out.heading(f"{at}. {shortened(step.options)}   claims {step.claim}")
     label = {"applied": "changed", "left": "left"}
     for group in group_remarks(r for r in step.remarks if r.kind != "near-miss"):
         _group(out, group, label[group.kind], stable=stable)

@@ -1,13 +1,15 @@
 """The pipeline grammar: ``ffn-moe{experts=8 at=model.layers.[4-27].mlp},attn-moh{active=0.75}``.
 
     pipeline := item ((',' | newline) item)*          spaces, newlines and # comments are free
-    item     := '@' file | name ['{' (key '=' value)* '}']
+    item     := '@' file | name ['{' (key ['@' paths] '=' value)* '}']
     value    := true | false | integer | number | bare-text | "quoted" | 'quoted'
 
 ``parse`` gives one :class:`StageText` per pass, ``unparse`` the canonical text, and
 ``parse(unparse(stages)) == stages``. The keys ``at`` and ``skip`` name the regions that a stage
 works on (:func:`match_path`); the other keys are options of the pass (``sparsify.registry``).
-``@recipe.txt`` stands for the contents of that file. Errors draw a caret under the culprit.
+``active@model.layers.[0-3].mlp=0.7`` is an option of the regions that the path pattern matches: the
+last that matches counts there, whatever the plain option says. ``@recipe.txt`` stands for the
+contents of that file. Errors draw a caret under the culprit.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = ["Source", "StageText", "match_path", "parse", "unparse"]
 
 Value = int | float | str | bool
 Span = tuple[int, int]
+Local = tuple[str, str, Value]  # option name, path pattern, value
 
 _SELECTORS = ("at", "skip")
 _SPACE = re.compile(r"(?:\s|#[^\n]*)*")
@@ -38,6 +41,8 @@ _SINGLE = re.compile(r"'(?:[^'\\\n]|\\.)*'")
 _FILE = re.compile(r"""[^\s,{}"']+""")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][+-]?[0-9]+)?")
+_STAGE = re.compile(r"\{[^{}]*\}")
+_LOCAL = re.compile(r"""(?<=[{ ])[A-Za-z_][\w-]*@(?:"(?:[^"\\]|\\.)*"|[^\s="])+=[^\s}]+""")
 _WORDS = {"true": True, "True": True, "false": False, "False": False}
 _ODD = "[]{='\"#"
 _QUOTING = "quote text that holds blanks or any of , = # [ ] { } ' \""
@@ -83,26 +88,35 @@ class StageText:
         name: the pass, e.g. ``ffn-moe``.
         options: option name -> value, as written (a pass checks names and types).
         at, skip: path patterns (see :func:`match_path`), or None.
+        local: (option name, path pattern, value): options of some regions only.
         source: the text it stood in; None where the stage was made by a program.
-        spans: where in ``source``: ``""`` is the pass name, ``key`` an option, ``key=`` its value.
+        spans: where in ``source``: ``""`` is the pass name, ``key`` an option (``key@pattern``
+            where it is local), ``key=`` its value.
     """
 
     name: str
     options: Mapping[str, Value] = dataclasses.field(default_factory=dict, hash=False)
     at: str | None = None
     skip: str | None = None
+    local: tuple[Local, ...] = ()
     source: Source | None = dataclasses.field(default=None, compare=False, repr=False)
     spans: Mapping[str, Span] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         """The canonical text of this stage."""
-        pairs = [(k, v) for k, v in (*self.options.items(), ("at", self.at), ("skip", self.skip))]
+        local = [(f"{k}@{_write_text(pattern)}", v) for k, pattern, v in self.local]
+        pairs = [*self.options.items(), *local, ("at", self.at), ("skip", self.skip)]
         inner = " ".join(
             f"{k}={_write_text(v) if k in _SELECTORS else _write(v)}"  # type: ignore[arg-type]
             for k, v in pairs
             if v is not None
         )
         return f"{self.name}{{{inner}}}" if inner else self.name
+
+    def options_at(self, path: str) -> dict[str, Value]:
+        """The options of the region at ``path``."""
+        here = {k: v for k, pattern, v in self.local if match_path(pattern, path)}
+        return {**self.options, **here}
 
     def selects(self, path: str) -> bool:
         """Whether this stage may work on the region at ``path``."""
@@ -136,6 +150,20 @@ def parse(text: str, *, file: Path | None = None) -> tuple[StageText, ...]:
 def unparse(stages: Iterable[StageText]) -> str:
     """The canonical one-line text of ``stages``."""
     return ",".join(map(str, stages))
+
+
+def shortened(text: str, most: int = 3) -> str:
+    """A canonical pipeline text whose stages list at most ``most`` local options, for reports."""
+
+    def short(stage: re.Match[str]) -> str:
+        found = list(_LOCAL.finditer(stage.group()))
+        if len(found) <= most:
+            return stage.group()
+        more = f"... {len(found) - most} more"
+        at = found[most].start()
+        return stage.group()[:at] + more + stage.group()[found[-1].end() :]
+
+    return _STAGE.sub(short, text)
 
 
 # ---------------------------------------------------------------------------- writing values
@@ -252,6 +280,7 @@ class _Parser:
         if self.char() != "{":
             self.at = after_name  # the blanks are the pipeline's: they may end the item
             return (StageText(name, {}, source=self.source, spans=spans),)
+        local: list[Local] = []
         opening = self.at
         self.at += 1
         while True:
@@ -261,32 +290,57 @@ class _Parser:
             if self.char() == "}":
                 self.at += 1
                 break
-            if self.char() == "," and options:
+            if self.char() == "," and (options or local):
                 self.at += 1
                 continue
-            self.option(name, options, spans)
-        chosen = {k: str(options.pop(k)) for k in _SELECTORS if k in options}
-        return (StageText(name, options, chosen.get("at"), chosen.get("skip"), self.source, spans),)
+            self.option(name, options, local, spans)
+        at, skip = (str(options.pop(k)) if k in options else None for k in _SELECTORS)
+        return (StageText(name, options, at, skip, tuple(local), self.source, spans),)
 
-    def option(self, name: str, options: dict[str, Value], spans: dict[str, Span]) -> None:
+    def option(
+        self, name: str, options: dict[str, Value], local: list[Local], spans: dict[str, Span]
+    ) -> None:
         start = self.at
         key = self.take(_KEY)
         if key is None:
             raise self.fail(f"an option of {name} is expected here, not {self.char()!r}")
-        spans[key] = (start, self.at)
+        pattern = self.pattern(key) if self.char() == "@" else None
+        full = key if pattern is None else f"{key}@{pattern}"
+        twice = full in spans
+        spans[full] = (start, self.at)
         self.space()
         if self.char() != "=":
-            raise self.fail(f"option '{key}' has no value", spans[key], f"write {key}=VALUE")
+            raise self.fail(f"option '{key}' has no value", spans[full], f"write {full}=VALUE")
         self.at += 1
         self.space()
         start = self.at
         value = self.value(key)
-        spans[f"{key}="] = (start, self.at)
-        if key in options:
-            raise self.fail(f"option '{key}' is given twice", (spans[key][0], self.at))
+        spans[f"{full}="] = (start, self.at)
+        if twice:
+            raise self.fail(f"option '{full}' is given twice", (spans[full][0], self.at))
         if key in _SELECTORS and (why := bad_pattern(str(value))):
             raise self.fail(f"'{key}' is not a path pattern: {why}", spans[f"{key}="])
-        options[key] = value
+        if pattern is None:
+            options[key] = value
+        else:
+            local.append((key, pattern, value))
+
+    def pattern(self, key: str) -> str:
+        """The path pattern after ``key``, from its '@' on."""
+        self.at += 1
+        start = self.at
+        if self.char() and self.char() in "\"'":
+            found = str(self.value("at"))
+        else:
+            found = self.take(_BARE) or ""
+        span = (start - 1, max(self.at, start))
+        if key in _SELECTORS:
+            raise self.fail(f"'{key}' names the regions of the whole stage", span)
+        if not found:
+            raise self.fail(f"option '{key}' needs a path pattern after '@'", span, _QUOTING)
+        if why := bad_pattern(found):
+            raise self.fail(f"'{found}' is not a path pattern: {why}", span)
+        return found
 
     def value(self, key: str) -> Value:
         start = self.at

@@ -42,6 +42,7 @@ def _run(args: list[str]) -> int:
         "build",
         "use",
         "bench",
+        "search",
         "train",
         "about",
     ):  # in the order of --help; an import registers them

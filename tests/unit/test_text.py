@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.errors import BadInput, GrammarError, SparsifyError
-from sparsify.text import Source, StageText, match_path, parse, unparse
+from sparsify.text import Source, StageText, match_path, parse, shortened, unparse
 from sparsify.text_paths import bad_pattern
 
 
@@ -66,6 +66,26 @@ def test_selectors_stay_text() -> None:
     assert (stage.at, stage.skip, stage.options) == ("0", "true", {})
 
 
+def test_options_of_some_regions_only() -> None:
+    text = 'p{active=0.5 active@*.[2-3].mlp=0.7 x@"a b"=true active@*.3.mlp=1 skip=*.9.*}'
+    (stage,) = parse(text)
+    assert stage.options == {"active": 0.5}
+    assert stage.options_at("h.1.mlp") == {"active": 0.5}
+    assert stage.options_at("h.2.mlp") == {"active": 0.7}
+    assert stage.options_at("h.3.mlp") == {"active": 1}  # the last that matches
+    assert stage.options_at("a b") == {"active": 0.5, "x": True}
+    assert str(stage) == text
+    assert parse("p{active@*=1, x=2}")[0].options == {"x": 2}
+
+
+def test_many_local_options_are_shortened_for_reports() -> None:
+    few = 'a{x=1 active@*.[0,2].mlp=0.5 active@"b c"=0.25 at=*},b'
+    assert shortened(few) == few
+    many = "a{x=1 " + " ".join(f"active@m.{n}.mlp=0.{n}" for n in range(1, 7)) + " at=*},b{y=2}"
+    kept = "a{x=1 active@m.1.mlp=0.1 active@m.2.mlp=0.2 active@m.3.mlp=0.3 ... 3 more at=*},b{y=2}"
+    assert shortened(many) == kept
+
+
 # ---------------------------------------------------------------------------- printing
 
 
@@ -92,6 +112,11 @@ STAGES = st.builds(
     st.dictionaries(KEYS.filter(lambda k: k not in ("at", "skip")), VALUES, max_size=4),
     st.none() | PATTERNS,
     st.none() | PATTERNS,
+    st.lists(
+        st.tuples(KEYS.filter(lambda k: k not in ("at", "skip")), PATTERNS, VALUES),
+        max_size=2,
+        unique_by=lambda local: local[:2],
+    ).map(tuple),
 )
 
 
@@ -126,6 +151,12 @@ def test_infinity_has_no_text() -> None:
 @pytest.mark.parametrize(
     ("text", "message", "carets"),
     [
+        ("p{a@x=1 a@x=2}", "option 'a@x' is given twice", "        ^^^^^"),
+        ("p{a@=1}", "option 'a' needs a path pattern after '@'", "   ^"),
+        ("p{a@[=1}", "option 'a' needs a path pattern after '@'", "   ^"),
+        ("p{a@[x]=1}", "'[x]' is not a path pattern", "   ^^^^"),
+        ("p{a@x.*}", "option 'a' has no value", "  ^^^^^"),
+        ("p{at@x=y}", "'at' names the regions of the whole stage", "    ^^"),
         ("ffn-moe{experts=8", "this '{' is never closed", "       ^"),
         ("ffn-moe,", "a pass name is expected here", "        ^"),
         (",a", "a pass name is expected here, not ','", "^"),
