@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from sparsify.report import Report, number
 from sparsify.report_groups import collapse
-from sparsify.report_text import Page
+from sparsify.report_page import Page
 
 Section = Literal["options", "regions", "cost", "evidence", "quality"]
 Cell = str | float | None

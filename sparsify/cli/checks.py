@@ -125,7 +125,7 @@ def text(source: str | None) -> None:
     from sparsify import corpus
 
     if source not in corpus.KINDS:
-        corpus.read_text(source)
+        corpus.check_text(source)
 
 
 def output_folder(path: Path, *, force: bool) -> None:
