@@ -152,7 +152,7 @@ def teal_at(
     call: Run,
     found: Sequence[Routed],
     calibration: Sequence[Any],
-    probe: Sequence[Any],
+    probe: Callable[[Run], None],
     pass_name: str | None = None,
 ) -> list[Contender]:
     """TEAL at the operations of every budget below one; none where they are not known."""
@@ -216,8 +216,9 @@ def _plans(
             refit = "ranked by variance, what stays refitted by least squares"
             ways += [(refit, even, True), (f"{refit}, budgets of the routed layers", layers, True)]
         for note, budget, again in ways:
-            yield active, plan(
-                rankings, budget, compensate=True, note=note, refit=again, weights=weights
+            yield (
+                active,
+                plan(rankings, budget, compensate=True, note=note, refit=again, weights=weights),
             )
 
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsify import contenders
+from sparsify import contenders, contest
 from sparsify.bootstrap import RESAMPLES, Bootstrap, Numbers
 from sparsify.contenders import BASELINES, Contender, dense_run, pruned_run
+from sparsify.contest import Progress, evaluating
 from sparsify.errors import BadInput
 from sparsify.report import Interval, Quality, QualityRow, Routing, RoutingRow
 from sparsify.runtime import metrics
@@ -32,7 +33,6 @@ __all__ = [
 ]  # fmt: skip
 
 Run = Callable[[Tensor], Any]  # token ids (batch, token) -> logits, or an output that has them
-Progress = Callable[[str, int, int], None]
 ROUTED_TOKENS = 4096  # that routing is measured on: the cache is followed token by token
 _POSITIONS = 64  # log-probabilities of this many positions at a time
 
@@ -193,62 +193,32 @@ def quality(
         resamples, seed: of the intervals; fewer than two make none.
         progress: called with ("evaluate", rows done, rows).
     """
-    call: Run = run or model
     batches = list(batches)
     total = sum(len(batch) for batch in batches)
-    asked = [b for b in baselines if calibration and any(a < 1 for a in active)]
-    passes = 1 + bool(asked)
-
-    def report(offset: int) -> Callable[[int], None] | None:
-        if progress is None:
-            return None
-        return lambda done: progress("evaluate", offset + done, passes * total)
-
-    with kept(model), evaluating(model):
-        found = [contenders.routed(model, call, a, pass_name) for a in active]
-        runs: dict[str, Run] = {r.contender.name: r.contender.run for r in found}
-        reference = dense_run(model, call)
-        scores = compare(reference, runs, batches, progress=report(0))
-        shown = [r.contender for r in found]
-        if asked:
-            probe = contenders.first_tokens(batches)
-            others = _baselines(model, call, found, calibration, probe, asked, pass_name)
-            more = compare(
-                reference, {c.name: c.run for c in others}, batches, progress=report(total)
-            )
-            scores |= {c.name: more[c.name] for c in others}
-            shown += others
+    held = contest.hold(
+        model, run or model, batches, _measure, lambda score: score.perplexity, active=active,
+        calibration=calibration, pass_name=pass_name, baselines=baselines,
+        few=contenders.first_tokens(batches), total=total, progress=progress,
+    )  # fmt: skip
     drawn = Bootstrap(
         texts or range(total), unit="texts" if texts else "sequences", resamples=resamples,
         seed=seed,
     )  # fmt: skip
-    table = _Table(scores, drawn)
-    rows = [QualityRow("dense", 1.0, None, scores["dense"].perplexity, 1.0, 0.0, 1.0)]
+    dense = held.results["dense"]
+    table = _Table(held.results, drawn)
+    rows = [QualityRow("dense", 1.0, None, dense.perplexity, 1.0, 0.0, 1.0)]
     for a in active:
-        rows += [table.row(c) for c in shown if c.active == a]
-    return Quality(text, scores["dense"].tokens, tuple(rows), drawn.facts)
+        rows += [table.row(c) for c in held.at(a)]
+    return Quality(text, dense.tokens, tuple(rows), drawn.facts)
 
 
-def _baselines(
-    model: nn.Module,
-    call: Run,
-    found: Sequence[contenders.Routed],
-    calibration: Sequence[Tensor],
-    probe: Sequence[Tensor],
-    asked: Sequence[str],
-    pass_name: str | None,
-) -> list[Contender]:
-    """At every budget the best way to prune, as the probe says, and TEAL."""
-    chosen: list[Contender] = []
-    if "static" in asked:
-        ways = contenders.static(model, call, found, calibration)
-        tried = compare(dense_run(model, call), {c.name: c.run for c in ways}, probe)
-        for a in dict.fromkeys(c.active for c in ways):
-            at = [c for c in ways if c.active == a]
-            chosen.append(min(at, key=lambda c: tried[c.name].perplexity))
-    if "teal" in asked:
-        chosen += contenders.teal_at(model, call, found, calibration, probe, pass_name)
-    return chosen
+def _measure(
+    reference: Run,
+    others: Mapping[str, Run],
+    items: Sequence[Tensor],
+    progress: Callable[[int], None] | None,
+) -> dict[str, Score]:
+    return compare(reference, others, items, progress=progress)
 
 
 class _Table:
@@ -356,15 +326,3 @@ def _routing_row(
         tuple(numbers), facts.live, facts.entropy, facts.imbalance, facts.srp, facts.size,
         facts.sch,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

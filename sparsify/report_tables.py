@@ -14,7 +14,9 @@ _NAMES = {"static pruning": "static"}  # where columns are few
 def quality_table(out: Page, quality: Quality, *, stable: bool) -> None:
     """Next tokens: perplexity, KL and top-1 agreement."""
     out.heading(f"quality on {quality.text}   {quality.tokens:,} tokens")
-    rows = [("model", "active", "live", "FLOPs", "perplexity", "to dense", "KL (nats)", "same top-1")]
+    rows = [
+        ("model", "active", "live", "FLOPs", "perplexity", "to dense", "KL (nats)", "same top-1")
+    ]
     for row in quality.rows:
         rows.append((
             *_who(row),

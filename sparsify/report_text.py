@@ -25,7 +25,6 @@ from sparsify.report_groups import RemarkGroup, group_remarks, group_weights
 from sparsify.report_page import Page, percent
 from sparsify.report_tables import choices_table, embeddings_table, quality_table, routing_table
 
-
 # ---------------------------------------------------------------------------- the parts
 
 

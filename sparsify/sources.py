@@ -85,7 +85,9 @@ def _records(path: str | Path, known: Iterable[str]) -> Iterator[str]:
         if isinstance(value, dict):
             text = next((value[key] for key in KEYS if key in value), None)
         if not isinstance(text, str):
-            have = f"an object with {', '.join(value) or 'nothing'}" if isinstance(value, dict) else ""
+            have = (
+                f"an object with {', '.join(value) or 'nothing'}" if isinstance(value, dict) else ""
+            )
             raise BadInput(
                 f"{path} holds a line without a text",
                 where=f"line {number}: {have or f'a {type(value).__name__}'}",

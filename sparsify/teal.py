@@ -172,24 +172,23 @@ def fitted(
     run: Callable[[Any], Any],
     seen: Magnitudes,
     wanted: float,
-    probe: Iterable[Any],
+    probe: Callable[[Callable[[Any], Any]], None],
     pass_name: str | None = None,
 ) -> tuple[Teal, float]:
-    """TEAL whose counted operations on ``probe`` are the share ``wanted``, and its fraction.
+    """TEAL whose counted operations on a probe are the share ``wanted``, and its fraction.
 
     Args:
-        seen: of calibration text; wanted: operations over the dense ones; probe: batches to run.
+        seen: of calibration text; wanted: operations over the dense ones; probe: runs a model on
+            some of what it will be measured on.
     """
     each = sites(model, pass_name)
     assert each is not None
-    probe = list(probe)
     low, high, keep = 0.0, 1.0, min(max(wanted, 0.01), 1.0)
     best: tuple[float, float] = (math.inf, keep)
     for _ in range(TRIES):
         tried = Teal(model, run, seen.thresholds(keep), each, pass_name)
         with torch.no_grad():
-            for batch in probe:
-                tried(batch)
+            probe(tried)
         error = tried.flops - wanted
         best = min(best, (abs(error), keep))
         if abs(error) <= CLOSE:
