@@ -67,15 +67,14 @@ def _question(value: Any) -> Question:
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__}, not an object")
     question, given = value.get("question"), value.get("choices")
+    labels: Any = None
     if not isinstance(question, str) or not question.strip():
         raise ValueError("'question' is missing, empty or not a text")
-    labels = None
     if isinstance(given, dict):
-        given, labels = given.get("text"), given.get("label")
-    texts = (
-        [c for c in given if isinstance(c, str) and c.strip()] if isinstance(given, list) else []
-    )
-    if not isinstance(given, list) or len(texts) < len(given) or len(texts) < 2:
+        labels, given = given.get("label"), given.get("text")
+    listed = given if isinstance(given, list) else []
+    texts = [choice for choice in listed if isinstance(choice, str) and choice.strip()]
+    if len(texts) < max(len(listed), 2):
         raise ValueError("'choices' is not a list of two or more texts")
     if labels is not None and (not isinstance(labels, list) or len(labels) != len(texts)):
         raise ValueError("'choices' has not as many labels as texts")
@@ -218,7 +217,8 @@ def choices(
         Others as :func:`sparsify.evaluate.quality` takes them.
     """
     read_all = [reading(tokenizer, q) for q in questions]
-    few, seen = [], 0
+    few: list[Reading] = []
+    seen = 0
     for question in read_all:
         if few and seen >= PROBE:
             break

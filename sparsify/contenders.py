@@ -234,7 +234,8 @@ def weights_of(model: nn.Module) -> dict[str, float]:
 
 def first_tokens(batches: Sequence[Any], tokens: int = PROBE) -> list[Any]:
     """Batches from the start, one sequence each, until ``tokens`` are there."""
-    found, seen = [], 0
+    found: list[Any] = []
+    seen = 0
     for batch in batches:
         rows = batch.split(1) if isinstance(batch, torch.Tensor) else [batch]
         for row in rows:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -22,17 +22,10 @@ Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 
 
-class Measure(Protocol[Result]):
-    """How models do on items."""
-
-    def __call__(
-        self,
-        reference: Run,
-        others: Mapping[str, Run],
-        items: Sequence[Any],
-        progress: Callable[[int], None] | None,
-    ) -> dict[str, Result]:
-        """Name -> result of the reference (``dense``) and of the others."""
+# (reference, others, items, progress) -> name -> result, the reference's under "dense"
+Measure = Callable[
+    [Run, Mapping[str, Run], Sequence[Any], Callable[[int], None] | None], dict[str, Result]
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from sparsify import sources
 from sparsify.errors import BadInput
@@ -341,7 +341,7 @@ def token_text(
     if not isinstance(source, str | Path):
         first, source = _peek(source)
     if _is_ids(first):
-        return TokenText("token ids", map(_ids, source))
+        return TokenText("token ids", map(_ids, cast("Iterable[Any]", source)))
     name, texts = texts_of(source, split, size=limit * MOST_CHARACTERS, seed=seed)  # type: ignore[arg-type]
     if tokenizer is None:
         raise BadInput(
@@ -403,6 +403,8 @@ def _ids(value: Any) -> Tensor:
     if found.is_floating_point() or found.is_complex() or found.dim() not in (1, 2):
         shape = tuple(found.shape)
         raise BadInput(f"token ids are integers (batch, token), not {found.dtype} {shape}")
+    if not found.numel():
+        raise BadInput("a batch of token ids is empty")
     return found.long().view(-1, found.shape[-1])
 
 

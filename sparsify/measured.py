@@ -23,7 +23,7 @@ from sparsify.runtime.model import SparseModel
 from sparsify.saved import load
 from sparsify.sentences import Batch, longest, reads_text, sentences
 
-CALIBRATION_TOKENS = 8192
+FITTING = 8192  # tokens that baselines are fitted on
 BLOCK = 256  # tokens of a sequence
 
 
@@ -151,7 +151,7 @@ def _fitting_blocks(sparse: SparseModel, common: _Common) -> list[torch.Tensor]:
         common.calibration,
         sparse.tokenizer,
         length=BLOCK,
-        limit=CALIBRATION_TOKENS,
+        limit=FITTING,
         seed=common.seed,
     )
     return list(found.batches)
@@ -196,7 +196,7 @@ def _embeddings(
     fitted: Sequence[Batch] = ()
     if common.needs_text:
         fitted = sentences(
-            common.calibration, sparse.tokenizer, call.captured, limit=CALIBRATION_TOKENS, **options
+            common.calibration, sparse.tokenizer, call.captured, limit=FITTING, **options
         ).batches
 
     def run(batch: Any) -> Any:

@@ -110,8 +110,9 @@ class Quality:
             elif static.perplexity <= row.perplexity:
                 found.append(
                     f"{at}, static pruning is at least as good as this routed model (perplexity "
-                    f"{number(static.perplexity)} against {number(row.perplexity)}): do not use "
-                    "this recipe at this budget."
+                    f"{number(static.perplexity)} against {number(row.perplexity)}"
+                    f"{_sure(static)}): "
+                    "do not use this recipe at this budget."
                 )
             else:
                 found.append(

@@ -82,16 +82,20 @@ def _number(value: float | None, within: Interval | None, digits: int) -> str:
     if value is None:
         return ""
     text = f"{value:.{digits}f}" if value < 100 else number(value)
-    return text if within is None else f"{text} ±{number(within.half, 2)}"
+    if within is None:
+        return text
+    half = f"{within.half:.{digits}f}" if within.half < 100 else number(within.half)
+    return f"{text} ±{half}"
 
 
 def _share(value: float | None, within: Interval | None, *, sign: bool = False) -> str:
     """A share in percent, with its interval in points."""
     if value is None:
         return ""
-    text = f"{value * 100:+.1f}" if sign else percent(value).removesuffix(" %")
-    unit = "" if sign else " %"
-    return text + unit if within is None else f"{text} ±{within.half * 100:.1f}{unit}"
+    if within is None and not sign:
+        return percent(value)
+    text = f"{value * 100:+.1f}" if sign else f"{value * 100:.1f}"
+    return text if within is None else f"{text} ±{within.half * 100:.1f}{'' if sign else ' %'}"
 
 
 def _below(out: Page, rows: Any, resampled: Resampled | None) -> None:
