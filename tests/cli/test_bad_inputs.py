@@ -197,7 +197,7 @@ VALUES = (
     Row("eval of nothing", "eval saved", ("there is nothing to measure on", "--choices FILE")),
     Row("eval: no questions", "eval saved --choices q.jsonl", ("--choices q.jsonl is not there",)),
     Row("eval: baseline", "eval saved --text docstrings --baselines teel", ("mean 'teal'?",)),
-    Row("eval: pooling", "eval saved --text docstrings --pooling max", ("one of: mean, first",)),
+    Row("eval: pooling", "eval saved --text docstrings --pooling max", ("did you mean 'mean'?",)),
     Row("no such pass", "eval saved --text docstrings --pass ffn-meo", ("mean 'ffn-moe'?",)),
     Row("no tokens", "generate saved hello --tokens 0", ("--tokens cannot be 0",)),
     Row("cold", "generate saved hello --temperature -1", ("--temperature cannot be -1",)),

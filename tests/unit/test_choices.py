@@ -73,7 +73,7 @@ GOOD = {"question": "which?", "choices": ["x", "y"], "answer": 0}
 )
 def test_broken_lines_are_named(tmp_path: Path, line: Any, says: str) -> None:
     file = file_of(tmp_path, GOOD, "", line)
-    with pytest.raises(BadInput, match="q.jsonl holds a line that is no") as caught:
+    with pytest.raises(BadInput, match=r"q\.jsonl holds a line that is no") as caught:
         list(choices.read(file))
     assert "line 3" in str(caught.value)
     assert says in str(caught.value).replace("is not JSON", "not JSON")
