@@ -153,4 +153,4 @@ def reads_text(captured: Mapping[str, Any]) -> bool:
 def longest(slots: Iterable[Slot]) -> int:
     """Tokens of a sentence that a model with these inputs takes, LONGEST at most."""
     limits = [slot.limits[1] for slot in slots if len(slot.limits) > 1]
-    return min(LONGEST, *(n for n in limits if n is not None))
+    return min([LONGEST, *(n for n in limits if n is not None)])
