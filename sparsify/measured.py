@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparsify import choices as multiple_choice
+from sparsify import questions as question_files
 from sparsify.bootstrap import RESAMPLES
 from sparsify.contenders import BASELINES
 from sparsify.corpus import token_text
@@ -37,7 +38,7 @@ def evaluate(
     baselines: Sequence[str] = BASELINES,
     pass_name: str | None = None,
     tokens: int = 16384,
-    questions: int = multiple_choice.QUESTIONS,
+    questions: int = question_files.QUESTIONS,
     top: int = TOP,
     pooling: str = "mean",
     resamples: int = RESAMPLES,
@@ -54,7 +55,7 @@ def evaluate(
         model: a saved folder, or a model in memory with a tokenizer.
         text: a file (text or JSONL), an iterable of texts, or a built-in kind (``docstrings``,
             ``licences``, ``reference``, ``code``: their held-out half).
-        choices: a JSONL file of questions; see :mod:`sparsify.choices`.
+        choices: a JSONL file of questions; see :mod:`sparsify.questions`.
         active: budgets to measure at.
         calibration: text on which baselines are fitted; None leaves them out.
         baselines: ``static`` (static pruning) and ``teal``.
@@ -177,9 +178,9 @@ def _quality(
 
 
 def _choices(sparse: SparseModel, file: str | Path, most: int, common: _Common) -> Choices:
-    questions = multiple_choice.sample(multiple_choice.read(file), most, common.seed)
+    asked = question_files.sample(question_files.read(file), most, common.seed)
     return multiple_choice.choices(
-        sparse, questions, sparse.tokenizer, file=str(file),
+        sparse, asked, sparse.tokenizer, file=str(file),
         calibration=_fitting_blocks(sparse, common), run=_ids_run(sparse), **common.options(),
     )  # fmt: skip
 

@@ -128,6 +128,14 @@ def text(source: str | None) -> None:
         corpus.check_text(source)
 
 
+def questions(path: Path | None) -> None:
+    """Refuse a file whose first lines are no multiple-choice questions."""
+    if path is not None:
+        from sparsify import questions as files
+
+        files.check(path)
+
+
 def output_folder(path: Path, *, force: bool) -> None:
     """Refuse a folder for a saved model that is taken (without ``force``) or cannot be made."""
     if path.exists() and not path.is_dir():

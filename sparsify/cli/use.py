@@ -83,6 +83,7 @@ def evaluate(
         registry.owner(only)  # an unknown name costs no waiting
     checks.text(text)
     checks.file("--choices", choices)
+    checks.questions(choices)
     checks.text(calibration)
     checks.saved(saved)
     with bars(quiet=quiet) as progress:

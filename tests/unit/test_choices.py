@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify import choices
-from sparsify.choices import Question
+from sparsify import choices, questions
 from sparsify.errors import BadInput
+from sparsify.questions import Question
 from tests.unit.test_evaluate import VOCAB, Language, ids
 
 
@@ -46,7 +46,7 @@ ARC = {"text": ["one", "two", "three"], "label": ["1", "2", "3"]}
     ],
 )
 def test_answers_in_every_spelling(tmp_path: Path, given: dict[str, Any], answer: int) -> None:
-    (found,) = choices.read(file_of(tmp_path, {"question": "which?", "more": 3, **given}))
+    (found,) = questions.read(file_of(tmp_path, {"question": "which?", "more": 3, **given}))
     assert found.answer == answer
     assert found.question == "which?"
 
@@ -74,30 +74,30 @@ GOOD = {"question": "which?", "choices": ["x", "y"], "answer": 0}
 def test_broken_lines_are_named(tmp_path: Path, line: Any, says: str) -> None:
     file = file_of(tmp_path, GOOD, "", line)
     with pytest.raises(BadInput, match=r"q\.jsonl holds a line that is no") as caught:
-        list(choices.read(file))
+        list(questions.read(file))
     assert "line 3" in str(caught.value)
     assert says in str(caught.value).replace("is not JSON", "not JSON")
 
 
 def test_files_without_questions(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is empty"):
-        list(choices.read(file_of(tmp_path, "")))
+        list(questions.read(file_of(tmp_path, "")))
     with pytest.raises(BadInput, match="no such text file"):
-        list(choices.read(tmp_path / "not-there.jsonl"))
+        list(questions.read(tmp_path / "not-there.jsonl"))
 
 
 def test_a_sample_is_uniform_and_in_order() -> None:
     pool = [Question(str(i), ("a", "b"), 0) for i in range(50)]
-    assert choices.sample(iter(pool), 100, 0) == pool
+    assert questions.sample(iter(pool), 100, 0) == pool
     counts = dict.fromkeys(range(50), 0)
     for seed in range(400):
-        numbers = [int(q.question) for q in choices.sample(iter(pool), 10, seed)]
+        numbers = [int(q.question) for q in questions.sample(iter(pool), 10, seed)]
         assert numbers == sorted(numbers) and len(numbers) == 10
         for n in numbers:
             counts[n] += 1
     assert min(counts.values()) > 40 and max(counts.values()) < 130  # 80 each, on average
-    one = choices.sample(iter(pool), 10, 5)
-    assert one == choices.sample(iter(pool), 10, 5)
+    one = questions.sample(iter(pool), 10, 5)
+    assert one == questions.sample(iter(pool), 10, 5)
 
 
 def test_scores_are_log_likelihoods_per_character() -> None:
@@ -129,9 +129,9 @@ def test_a_choice_without_tokens_is_an_error() -> None:
 
 def test_rows_stand_beside_dense_and_baselines() -> None:
     model = Language()
-    questions = [Question(f"q{i}?", ("ab", "cd", "ef" * (i % 3 + 1)), i % 3) for i in range(24)]
+    asked = [Question(f"q{i}?", ("ab", "cd", "ef" * (i % 3 + 1)), i % 3) for i in range(24)]
     found = choices.choices(
-        model, questions, Letters(), file="f", active=(1.0, 0.5), calibration=[ids()]
+        model, asked, Letters(), file="f", active=(1.0, 0.5), calibration=[ids()]
     )
     assert [(r.model, r.active) for r in found.rows] == [
         ("dense", 1.0), ("routed", 1.0), ("routed", 0.5), ("static pruning", 0.5), ("TEAL", 0.5),
