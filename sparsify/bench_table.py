@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsify.report_json import encode
-from sparsify.report_text import Page
+from sparsify.report_page import Page
 from sparsify.timing import Spread
 
 DECODED = 8  # tokens at most that count as decoding so many sequences; more are a prefill of one

@@ -72,6 +72,7 @@ def run(progress: Any = None, *, tokens: int = 2048) -> int:
         f"{time.perf_counter() - start:.0f} s. Keep it: sparsify compile smollm2 -p '{PIPELINE}' "
         "--calibration FILE -o OUT"
     )
+    assert measured.quality is not None
     return 0 if same and sparse.report.ok and not measured.quality.static_wins else 1
 
 

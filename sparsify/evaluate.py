@@ -1,7 +1,8 @@
-"""Quality: perplexity, divergence from the dense model, and static pruning at the same budget.
+"""Quality on text: perplexity and divergence from the dense model, beside the baselines.
 
 Everything is streamed block by block: one block's logits of two models are in memory, and their
-log-probabilities only for a few positions at a time.
+log-probabilities only for a few positions at a time. Of every sequence four sums are kept, for the
+intervals.
 """
 
 from __future__ import annotations
@@ -9,24 +10,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsify import contenders, contest
+from sparsify.bootstrap import RESAMPLES, Bootstrap, Numbers
+from sparsify.contenders import BASELINES, Contender, dense_run, pruned_run
+from sparsify.contest import Progress, evaluating
 from sparsify.errors import BadInput
-from sparsify.report import Quality, QualityRow, Routing, RoutingRow
+from sparsify.report import Interval, Quality, QualityRow, Routing, RoutingRow
 from sparsify.runtime import metrics
-from sparsify.runtime.budget import Budgeted
-from sparsify.runtime.counters import counters, reset
-from sparsify.runtime.dial import kept, routers, set_active
+from sparsify.runtime.dial import kept, routers
 from sparsify.runtime.router import Router
-from sparsify.static_layers import LayerPlan, layer_plans, layers_of, rank_layers
-from sparsify.static_pruning import Plan, all_live, plan, prunable, rank, weighted
+
+__all__ = [
+    "ROUTED_TOKENS", "Score", "compare", "dense_run", "evaluating", "logits_of", "perplexity",
+    "pruned_run", "quality", "routing",
+]  # fmt: skip
 
 Run = Callable[[Tensor], Any]  # token ids (batch, token) -> logits, or an output that has them
-Progress = Callable[[str, int, int], None]
 ROUTED_TOKENS = 4096  # that routing is measured on: the cache is followed token by token
 _POSITIONS = 64  # log-probabilities of this many positions at a time
 
@@ -40,12 +46,14 @@ class Score:
         nll: sum of negative log-likelihoods, nats.
         kl: sum of KL(dense || model), nats.
         agree: tokens where both models' most likely next token is the same.
+        rows: the same four numbers of every block.
     """
 
     tokens: int = 0
     nll: float = 0.0
     kl: float = 0.0
     agree: int = 0
+    rows: list[tuple[float, float, float, float]] = dataclasses.field(default_factory=list)
 
     @property
     def perplexity(self) -> float:
@@ -72,6 +80,7 @@ class Score:
             ids: (batch, token).
         """
         predicted, reference, target = logits[:, :-1], reference[:, :-1], ids[:, 1:]
+        before = (self.tokens, self.nll, self.kl, self.agree)
         for start in range(0, target.shape[1], _POSITIONS):
             part = slice(start, start + _POSITIONS)
             mine = predicted[:, part].float().log_softmax(-1)
@@ -81,6 +90,9 @@ class Score:
             self.kl += float((theirs.exp() * (theirs - mine)).nansum(dtype=torch.float64))
             self.agree += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
             self.tokens += wanted.numel()
+        after = (self.tokens, self.nll, self.kl, self.agree)
+        row = [float(b - a) for a, b in zip(before, after, strict=True)]
+        self.rows.append((row[0], row[1], row[2], row[3]))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -155,58 +167,97 @@ def quality(
     calibration: Sequence[Tensor] = (),
     run: Run | None = None,
     pass_name: str | None = None,
+    baselines: Sequence[str] = BASELINES,
+    texts: Sequence[int] = (),
+    resamples: int = RESAMPLES,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Quality:
-    """The routed model at several budgets, beside the dense model and static pruning.
+    """The routed model at several budgets, beside the dense model and the baselines.
 
     Static pruning drops as much as the routed model really did on this text; of several ways to
-    rank units and to share the budget among layers, the best on this very text is reported, which
-    favours the baseline.
+    rank units and to share the budget among layers, the best on the first tokens of this very text
+    (:data:`contenders.PROBE`) is reported, which favours the baseline. TEAL does as many operations
+    as the routed model was counted to do.
 
     Args:
         model: with routed modules; its budgets are as before after it.
         batches: token ids of the text.
         text: its name.
         active: budgets.
-        calibration: token ids that static pruning ranks units on; without them it is left out.
+        calibration: token ids that baselines are fitted on; without them there are none.
         run: how to call the model on ids; default ``model(ids)``.
         pass_name: turn and count only what this pass made; the rest is all live.
+        baselines: ``static``, ``teal`` or both.
+        texts: of every row, the text that it is from: what is resampled; default: every row.
+        resamples, seed: of the intervals; fewer than two make none.
         progress: called with ("evaluate", rows done, rows).
     """
-    call: Run = run or model
     batches = list(batches)
     total = sum(len(batch) for batch in batches)
-    passes = 1 + bool(calibration)
-    with kept(model), _eval_mode(model):
-        runs = {f"routed {a}": _at(model, call, a, pass_name) for a in active}
-        live: dict[float, dict[str, float]] = {}
-        scores = {}
-
-        def report(offset: int) -> Callable[[int], None] | None:
-            if progress is None:
-                return None
-            return lambda done: progress("evaluate", offset + done, passes * total)
-
-        watched = {n: _counting(model, r, live.setdefault(a, {}), pass_name) for (n, r), a in
-                   zip(runs.items(), active, strict=True)}  # fmt: skip
-        scores = compare(dense_run(model, call), watched, batches, progress=report(0))
-        plans = _plans(model, call, calibration, {a: _mean(live[a]) for a in active if a < 1})
-        statics = {name: pruned_run(model, call, p) for name, (_, p) in plans.items()}
-        if statics:
-            found = compare(dense_run(model, call), statics, batches, progress=report(total))
-            scores |= {name: found[name] for name in statics}
-    dense = scores["dense"]
+    held = contest.hold(
+        model, run or model, batches, _measure, lambda score: score.perplexity, active=active,
+        calibration=calibration, pass_name=pass_name, baselines=baselines,
+        few=contenders.first_tokens(batches), total=total, progress=progress,
+    )  # fmt: skip
+    drawn = Bootstrap(
+        texts or range(total), unit="texts" if texts else "sequences", resamples=resamples,
+        seed=seed,
+    )  # fmt: skip
+    dense = held.results["dense"]
+    table = _Table(held.results, drawn)
     rows = [QualityRow("dense", 1.0, None, dense.perplexity, 1.0, 0.0, 1.0)]
     for a in active:
-        fractions = _mean(live[a])
-        realised = weighted(fractions, _weights(model)) if fractions else None
-        score = scores[f"routed {a}"]
-        rows.append(_row("routed", a, realised, score, dense))
-        tried = [(scores[n], p) for n, (budget, p) in plans.items() if budget == a]
-        if tried:
-            best, chosen = min(tried, key=lambda item: item[0].perplexity)
-            rows.append(_row("static pruning", a, chosen.active, best, dense, chosen.note))
-    return Quality(text, dense.tokens, tuple(rows))
+        rows += [table.row(c) for c in held.at(a)]
+    return Quality(text, dense.tokens, tuple(rows), drawn.facts)
+
+
+def _measure(
+    reference: Run,
+    others: Mapping[str, Run],
+    items: Sequence[Tensor],
+    progress: Callable[[int], None] | None,
+) -> dict[str, Score]:
+    return compare(reference, others, items, progress=progress)
+
+
+class _Table:
+    """Rows with intervals from scores."""
+
+    def __init__(self, scores: Mapping[str, Score], drawn: Bootstrap) -> None:
+        self.scores, self.drawn = scores, drawn
+        self.dense = scores["dense"]
+        self._sums: dict[str, Numbers] = {}
+
+    def row(self, who: Contender) -> QualityRow:
+        score = self.scores[who.name]
+        ratio = score.perplexity / self.dense.perplexity
+        row = QualityRow(
+            who.who, who.active, who.realised(), score.perplexity, ratio, score.mean_kl,
+            score.top1, who.note, who.flops(),
+        )  # fmt: skip
+        if not self.drawn.possible:
+            return row
+        mine = self._resampled(who.name)
+        routed = f"routed {who.active:g} "
+        return dataclasses.replace(
+            row,
+            ratio_within=self._ratio(who.name, "dense"),
+            kl_within=self.drawn.within(mine[:, 2] / mine[:, 0]),
+            top1_within=self.drawn.within(mine[:, 3] / mine[:, 0]),
+            to_routed=None if who.who == "routed" else self._ratio(who.name, routed),
+        )
+
+    def _ratio(self, name: str, other: str) -> Interval | None:
+        """Of two perplexities, on the same resamples."""
+        a, b = self._resampled(name), self._resampled(other)
+        with np.errstate(over="ignore"):
+            return self.drawn.within(np.exp((a[:, 1] - b[:, 1]) / a[:, 0]))
+
+    def _resampled(self, name: str) -> Numbers:
+        if name not in self._sums:
+            self._sums[name] = self.drawn.sums(self.scores[name].rows)
+        return self._sums[name]
 
 
 def routing(
@@ -244,10 +295,10 @@ def routing(
 
     numbers = {path: _numbers(router) for path, router in found}
     seen = 0
-    with kept(model), _eval_mode(model), torch.no_grad(), contextlib.ExitStack() as hooks:
+    with kept(model), evaluating(model), torch.no_grad(), contextlib.ExitStack() as hooks:
         for path, router in found:
             hooks.callback(watch(path, router).remove)
-        at = _at(model, call, active, pass_name)
+        at = contenders.at_budget(model, call, active, pass_name)
         for ids in (row for batch in batches for row in batch.split(1)):
             if seen >= tokens:
                 break
@@ -275,139 +326,3 @@ def _routing_row(
         tuple(numbers), facts.live, facts.entropy, facts.imbalance, facts.srp, facts.size,
         facts.sch,
     )  # fmt: skip
-
-
-def _row(
-    model: Any, active: float, realised: float | None, score: Score, dense: Score, note: str = ""
-) -> QualityRow:
-    ratio = score.perplexity / dense.perplexity
-    return QualityRow(
-        model, active, realised, score.perplexity, ratio, score.mean_kl, score.top1, note
-    )
-
-
-def _plans(
-    model: nn.Module, call: Run, calibration: Sequence[Tensor], live: Mapping[float, Any]
-) -> dict[str, tuple[float, Plan | LayerPlan]]:
-    """Name -> (budget, plan): the ways to prune that are tried at each budget."""
-    found: dict[str, tuple[float, Plan | LayerPlan]] = {}
-    whole = {p for p in layers_of(model) if any(p in f for f in live.values())}
-    if calibration and whole:
-        ranking = rank_layers(model, call, calibration)
-        for active, fractions in live.items():
-            share = [f for p, f in fractions.items() if p in whole]
-            for way in layer_plans(ranking, sum(share) / len(share)):
-                found[f"static {active} {way.note}"] = (active, way)
-        return found
-    if not calibration or not live or not prunable(model):
-        return {}
-    rankings = rank(model, call, calibration)
-    found_units, weights = prunable(model), _weights(model)
-    for active, fractions in live.items():
-        layers = {p: f for p, f in fractions.items() if p in rankings}
-        if not layers:
-            continue
-        even = dict.fromkeys(layers, 0.0)
-        for kind in {type(u) for u in found_units.values()}:
-            same = {p: layers[p] for p in layers if type(found_units[p]) is kind}
-            even |= dict.fromkeys(same, weighted(same, weights) if same else 0.0)
-        ranked = "ranked by variance, mean added back"
-        ways = [(ranked, even, False), (f"{ranked}, budgets of the routed layers", layers, False)]
-        if any(rankings[p].refit is not None for p in layers):
-            refit = "ranked by variance, what stays refitted by least squares"
-            ways += [(refit, even, True), (f"{refit}, budgets of the routed layers", layers, True)]
-        for note, budget, again in ways:
-            chosen = plan(
-                rankings, budget, compensate=True, note=note, refit=again, weights=weights
-            )
-            found[f"static {active} {note}"] = (active, chosen)
-    return found
-
-
-def _weights(model: nn.Module) -> dict[str, float]:
-    """Path -> what a module weighs in a mean over modules: the mean of each kind is one."""
-    units = prunable(model)
-    means: dict[type[Any], float] = {}
-    for kind in {type(u) for u in units.values()}:
-        same = [u.weight for u in units.values() if type(u) is kind]
-        means[kind] = sum(same) / len(same)
-    return {path: u.weight / means[type(u)] for path, u in units.items()}
-
-
-def dense_run(model: nn.Module, call: Run) -> Run:
-    """The routed model with everything live."""
-
-    def run(ids: Tensor) -> Any:
-        with all_live(model):
-            return call(ids)
-
-    return run
-
-
-def _at(model: nn.Module, call: Run, active: float, pass_name: str | None = None) -> Run:
-    """The model at a budget; routers are set only when they stand elsewhere."""
-    routers = [m for m in model.modules() if isinstance(m, Budgeted)]
-    state: list[tuple[float, int | None, float]] = []
-
-    def run(ids: Tensor) -> Any:
-        if not routers:
-            return call(ids)
-        if not state:
-            if pass_name is not None:
-                set_active(model, 1.0)
-            set_active(model, active, pass_name=pass_name)
-            state.extend(r.setting for r in routers)
-        for router, setting in zip(routers, state, strict=True):
-            if router.setting != setting:
-                router.setting = setting
-        return call(ids)
-
-    return run
-
-
-def pruned_run(model: nn.Module, call: Run, chosen: Plan | LayerPlan) -> Run:
-    """The routed model's dense model without what the plan drops."""
-
-    def run(ids: Tensor) -> Any:
-        with chosen.applied(model):
-            return call(ids)
-
-    return run
-
-
-def _counting(
-    model: nn.Module, run: Run, sums: dict[str, Any], pass_name: str | None = None
-) -> Run:
-    """Adds live and all units of every prunable module to ``sums``."""
-    whole: Mapping[str, Any] = layers_of(model)
-    units = {p: u.module for p, u in prunable(model).items()}
-    mine = [
-        {p for p, m in kind.items() if pass_name in (None, m.pass_name)} for kind in (whole, units)
-    ]
-    paths = mine[0] or mine[1]
-
-    def counted(ids: Tensor) -> Any:
-        reset(model)
-        output = run(ids)
-        for path, counter in counters(model):
-            if path in paths:
-                live, units = sums.get(path, (0, 0))
-                sums[path] = (live + counter.units_live, units + counter.units_total)
-        return output
-
-    return counted
-
-
-def _mean(sums: Mapping[str, Any]) -> dict[str, float]:
-    return {path: live / units for path, (live, units) in sums.items() if units}
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

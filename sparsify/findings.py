@@ -7,7 +7,7 @@ import textwrap
 from typing import Any
 
 from sparsify.core import Remark
-from sparsify.report import Evidence, Quality, Routing, number
+from sparsify.report import Choices, Embeddings, Evidence, Quality, Routing
 from sparsify.report_json import encode
 
 
@@ -184,33 +184,25 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Quality of a sparse model at several budgets."""
+    """Quality of a sparse model at several budgets: on text, questions, sentences."""
 
     model: str
     pipeline: str
-    quality: Quality
+    quality: Quality | None = None
     routing: Routing | None = None
+    choices: Choices | None = None
+    embeddings: Embeddings | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"format": "sparsify-evaluation", "format_version": 1, **encode(self)}
+        verdicts = [] if self.quality is None else list(self.quality.verdicts())
+        return {
+            "format": "sparsify-evaluation", "format_version": 2, **encode(self),
+            "verdicts": verdicts,
+        }  # fmt: skip
 
     def text(self, width: int = 100) -> str:
-        """One row per model and budget, and a sentence per budget."""
-        lines = [
-            f"{self.model}   {self.pipeline}",
-            f"text {self.quality.text}, {self.quality.tokens:,} predicted tokens",
-            f"{'model':<16}{'active':>8}{'really':>8}{'perplexity':>12}{'ratio':>8}{'KL':>8}{'top-1':>8}",
-        ]
-        for row in self.quality.rows:
-            really = "" if row.realised is None else f"{row.realised:.1%}"
-            kl = "" if row.kl is None else f"{row.kl:.3f}"
-            top = "" if row.top1 is None else f"{row.top1:.1%}"
-            lines.append(
-                f"{row.model:<16}{row.active:>8.1%}{really:>8}{number(row.perplexity, 4):>12}"
-                f"{row.ratio:>8.3f}{kl:>8}{top:>8}  {row.note}".rstrip()
-            )
-        lines += self.quality.verdicts()
-        if self.routing is not None:
-            lines += ["", self.routing.render(width).rstrip()]
-        return "\n".join(lines)
+        """A table of each: one row per model and budget."""
+        found = (self.quality, self.choices, self.embeddings, self.routing)
+        parts = [part.render(width).rstrip() for part in found if part is not None]
+        return "\n\n".join([f"{self.model}   {self.pipeline}", *parts])

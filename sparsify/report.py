@@ -10,12 +10,29 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from sparsify.core import Moved, Remark
+from sparsify.report_quality import (
+    ChoiceRow,
+    Choices,
+    EmbeddingRow,
+    Embeddings,
+    Interval,
+    Quality,
+    QualityRow,
+    Resampled,
+    Who,
+    number,
+)
+
+__all__ = [
+    "FORMAT", "FORMAT_VERSION", "SCOPES", "ChoiceRow", "Choices", "EmbeddingRow", "Embeddings",
+    "Evidence", "Interval", "ModelFacts", "Quality", "QualityRow", "Report", "Resampled", "Routing",
+    "RoutingRow", "Scope", "Step", "Who", "number",
+]  # fmt: skip
 
 FORMAT = "sparsify-report"
 FORMAT_VERSION = 1
 
 Scope = Literal["region", "end-to-end"]
-Who = Literal["dense", "routed", "static pruning"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
@@ -103,85 +120,6 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class QualityRow:
-    """Quality of one model at one budget.
-
-    Attributes:
-        model: ``dense``, ``routed`` or ``static pruning`` (the honest baseline).
-        active: the budget that was asked for; realised: the fraction that really ran.
-        perplexity: on the text; ratio: to the dense model's.
-        kl: mean KL divergence of next-token distributions from the dense model's, in nats.
-        top1: how often the most likely next token is the dense model's.
-        note: how it was made, e.g. ``energy, mean compensated``.
-    """
-
-    model: Who
-    active: float
-    realised: float | None
-    perplexity: float
-    ratio: float
-    kl: float | None = None
-    top1: float | None = None
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """Quality rows measured on one text of ``tokens`` tokens."""
-
-    text: str
-    tokens: int
-    rows: tuple[QualityRow, ...]
-
-    def row(self, model: Who, active: float | None = None) -> QualityRow | None:
-        """The row of ``model`` at ``active`` (any budget if None)."""
-        for row in self.rows:
-            if row.model == model and (active is None or abs(row.active - active) < 1e-6):
-                return row
-        return None
-
-    def verdicts(self) -> tuple[str, ...]:
-        """One sentence per budget: does routing beat static pruning at the same budget?"""
-        found = []
-        for row in self.rows:
-            if row.model != "routed" or row.active >= 1:
-                continue
-            at = f"At {row.active:.0%} active"
-            static = self.row("static pruning", row.active)
-            if static is None:
-                found.append(f"{at}, static pruning was not measured: no baseline to compare with.")
-            elif static.perplexity <= row.perplexity:
-                found.append(
-                    f"{at}, static pruning is at least as good as this routed model (perplexity "
-                    f"{number(static.perplexity)} against {number(row.perplexity)}): do not use "
-                    "this recipe at this budget."
-                )
-            else:
-                found.append(
-                    f"{at}, the routed model is better than static pruning (perplexity "
-                    f"{number(row.perplexity)} against {number(static.perplexity)})."
-                )
-        return tuple(found)
-
-    def render(self, width: int = 100, *, stable: bool = False) -> str:
-        """The table and the verdicts as plain text."""
-        from sparsify.report_text import render_quality
-
-        return render_quality(self, width=width, stable=stable)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with the verdicts."""
-        from sparsify.report_json import encode
-
-        return {**encode(self), "verdicts": list(self.verdicts())}
-
-    @property
-    def static_wins(self) -> bool:
-        """Whether static pruning is at least as good at some budget: a bug in the recipe."""
-        return any("do not use" in verdict for verdict in self.verdicts())
-
-
-@dataclasses.dataclass(frozen=True)
 class RoutingRow:
     """What one router did on a text; see :mod:`sparsify.runtime.metrics`.
 
@@ -247,7 +185,8 @@ class Report:
         steps: one per pass, in order.
         near_misses: candidates that the matcher did not take.
         end_to_end: the check of the whole model.
-        quality: if it was measured; routing: what the routers did on a text, if it was.
+        quality, choices, embeddings: on texts, questions and sentences, where they were measured.
+        routing: what the routers did on a text, if that was measured.
         context: keys per token that attention's cost counts.
         calibration: the text that routers were fitted on, or None.
         notes: warnings and fallbacks; never empty where something was done differently than asked.
@@ -270,6 +209,8 @@ class Report:
     calibration: str | None = None
     notes: tuple[str, ...] = ()
     routing: Routing | None = None
+    choices: Choices | None = None
+    embeddings: Embeddings | None = None
 
     @property
     def ok(self) -> bool:
@@ -331,15 +272,3 @@ class Report:
         from sparsify.report_diff import diff
 
         return diff(a, b)
-
-
-def number(value: float, digits: int = 3) -> str:
-    """``value`` to ``digits`` significant digits, readable: 12.5, 4,711, 1.08 M, 1.2e-07."""
-    if value != value or abs(value) == float("inf"):
-        return str(value)
-    value = float(f"{value:.{digits}g}")
-    size = abs(value)
-    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if size >= limit:
-            return f"{value / limit:.{digits}g} {letter}"
-    return f"{value:,.0f}" if size >= 10**digits else f"{value:,.{digits}g}"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from sparsify.report import Report, number
 from sparsify.report_groups import collapse
-from sparsify.report_text import Page
+from sparsify.report_page import Page
 
 Section = Literal["options", "regions", "cost", "evidence", "quality"]
 Cell = str | float | None
@@ -152,7 +152,7 @@ def _evidence(report: Report) -> dict[str, Cell]:
 
 def _quality(report: Report) -> dict[str, Cell]:
     if report.quality is None:
-        return {}
+        return _others(report)
     on = report.quality.text
     cells: dict[str, Cell] = {}
     for row in report.quality.rows:
@@ -160,6 +160,20 @@ def _quality(report: Report) -> dict[str, Cell]:
         cells[f"{name}: perplexity"] = row.perplexity
         if row.kl is not None:
             cells[f"{name}: KL"] = row.kl
+    return cells | _others(report)
+
+
+def _others(report: Report) -> dict[str, Cell]:
+    """Quality on questions and sentences."""
+    cells: dict[str, Cell] = {}
+    if report.choices is not None:
+        for asked in report.choices.rows:
+            name = f"{asked.model} {asked.active:.0%} on {report.choices.file}"
+            cells[f"{name}: accuracy"] = asked.accuracy
+    if report.embeddings is not None:
+        for row in report.embeddings.rows:
+            name = f"{row.model} {row.active:.0%} on {report.embeddings.text}"
+            cells[f"{name}: cosine"] = row.cosine
     return cells
 
 

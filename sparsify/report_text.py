@@ -6,73 +6,25 @@ measured rounding errors, and rounds what is measured, so that it is the same on
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsify.report import Evidence, ModelFacts, Quality, Report, Routing, Step, number
+from sparsify.report import (
+    Choices,
+    Embeddings,
+    Evidence,
+    ModelFacts,
+    Quality,
+    Report,
+    Routing,
+    Step,
+    number,
+)
 from sparsify.report_groups import RemarkGroup, group_remarks, group_weights
+from sparsify.report_page import Page, percent
+from sparsify.report_tables import choices_table, embeddings_table, quality_table, routing_table
 from sparsify.text import shortened
-
-_LABEL = 10  # columns of the labels at the left
-FEW = 16  # units of a router that are shown one by one (heads, mostly)
-
-
-@dataclasses.dataclass
-class Page:
-    """Lines of text, each with a style name, wrapped to ``width``."""
-
-    width: int
-    lines: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-
-    def line(self, text: str = "", style: str = "", *, label: str = "") -> None:
-        """``label`` in the left column, ``text`` beside it, wrapped with a hanging indent."""
-        lead = " " * _LABEL
-        for at, piece in enumerate(self._wrap(text, self.width - _LABEL)):
-            start = f"{label:<{_LABEL}}" if at == 0 else lead
-            self.lines.append(((start + piece).rstrip(), style))
-
-    def full(self, text: str = "", style: str = "") -> None:
-        """``text`` from the left edge."""
-        for piece in self._wrap(text, self.width):
-            self.lines.append((piece, style))
-
-    def heading(self, text: str) -> None:
-        """A blank line and a heading."""
-        self.full()
-        self.full(text, "heading")
-
-    def table(self, rows: Sequence[Sequence[str]], *, label: str = "") -> None:
-        """The first row is the header; numbers align right; a narrow page gets one line a cell."""
-        keep = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
-        rows = [[row[i] for i in keep] for row in rows]
-        sizes = [max(len(row[i]) for row in rows) for i in range(len(keep))]
-        if sum(sizes) + 2 * len(sizes) > self.width - _LABEL:
-            for row in rows[1:]:
-                pairs = zip(rows[0][1:], row[1:], strict=True)
-                self.line(row[0], label=label)
-                self.line("  " + ", ".join(f"{head} {cell}" for head, cell in pairs if cell))
-                label = ""
-            return
-        for at, row in enumerate(rows):
-            cells = [f"{row[0]:<{sizes[0]}}"]
-            cells += [f"{c:>{n}}" for c, n in zip(row[1:], sizes[1:], strict=True)]
-            start = f"{label if at == 0 else '':<{_LABEL}}"
-            self.lines.append(((start + "  ".join(cells)).rstrip(), "dim" if at == 0 else ""))
-
-    @staticmethod
-    def _wrap(text: str, width: int) -> list[str]:
-        indent = text[: len(text) - len(text.lstrip())]
-        return textwrap.wrap(
-            text, max(width, 20), subsequent_indent=indent, break_on_hyphens=False
-        ) or [""]
-
-    def text(self) -> str:
-        """All lines, without styles, with a final newline."""
-        return "\n".join(line for line, _ in self.lines).strip("\n") + "\n"
-
 
 # ---------------------------------------------------------------------------- the parts
 
@@ -95,9 +47,13 @@ def page(report: Report, *, width: int = 100, stable: bool = False) -> Page:
     if report.end_to_end is not None and report.end_to_end not in _checks(report):
         _evidence(out, (report.end_to_end,), stable=stable)
     if report.quality is not None:
-        _quality(out, report.quality, stable=stable)
+        quality_table(out, report.quality, stable=stable)
+    if report.choices is not None:
+        choices_table(out, report.choices, stable=stable)
+    if report.embeddings is not None:
+        embeddings_table(out, report.embeddings, stable=stable)
     if report.routing is not None:
-        _routing(out, report.routing, stable=stable)
+        routing_table(out, report.routing, stable=stable)
     _near_misses(out, report, stable=stable)
     if not stable and report.seconds:
         spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items())
@@ -120,7 +76,7 @@ def _headline(out: Page, report: Report) -> None:
     if failed:
         held = f"{failed} of {len(checks)} CHECKS FAILED"
     ratio = _ratio(report.dense.flops_per_token, report.sparse.flops_per_token)
-    at = f" at {_percent(report.active)} active" if report.active is not None else ""
+    at = f" at {percent(report.active)} active" if report.active is not None else ""
     out.line(
         f"{changed} of {regions} regions changed; {held}; {ratio} of the dense FLOPs per token{at}",
         "bad" if failed else "good" if checks else "warn",
@@ -208,66 +164,16 @@ def _error(e: Evidence, stable: bool) -> str:
     if e.tolerance == 0:
         return f"largest error {number(e.error)} where none is allowed ({e.dtype}{place})"
     return (
-        f"largest error {number(e.error, 2)} is {_percent(e.used)} of the tolerance "
+        f"largest error {number(e.error, 2)} is {percent(e.used)} of the tolerance "
         f"{number(e.tolerance, 2)} ({e.dtype}{place})"
     )
 
 
 def _model(out: Page, report: Report) -> None:
-    at = f"   at {_percent(report.active)} active" if report.active is not None else ""
+    at = f"   at {percent(report.active)} active" if report.active is not None else ""
     out.heading(f"whole model{at}")
     out.line(f"{report.dense.nodes:,} nodes before, {report.sparse.nodes:,} after", label="graph")
     _costs(out, report.dense, report.sparse, ("dense", "sparse"), report.context)
-
-
-def _quality(out: Page, quality: Quality, *, stable: bool) -> None:
-    digits = 3 if stable else 4
-    out.heading(f"quality on {quality.text}   {quality.tokens:,} tokens")
-    rows = [("model", "active", "realised", "perplexity", "to dense", "KL (nats)", "same top-1")]
-    for row in quality.rows:
-        rows.append((
-            row.model,
-            _percent(row.active),
-            "" if row.realised is None else _percent(row.realised),
-            number(row.perplexity, digits),
-            f"{row.ratio:.2f}" if stable else f"{row.ratio:.3f}",
-            "" if row.kl is None else f"{row.kl:.2f}" if stable else f"{row.kl:.4f}",
-            "" if row.top1 is None else _percent(row.top1),
-        ))  # fmt: skip
-    out.table(rows, label="")
-    for row in quality.rows:
-        if row.note:
-            out.line(f"{row.model} at {_percent(row.active)}: {row.note}", "dim")
-    for verdict in quality.verdicts():
-        good = "is better than static" in verdict
-        out.line(verdict, "good" if good else "bad", label="verdict")
-
-
-def _routing(out: Page, routing: Routing, *, stable: bool) -> None:
-    digits = 2 if stable else 3
-    at = f"{routing.tokens:,} tokens at {_percent(routing.active)} active"
-    out.heading(f"routing on {routing.text}   {at}")
-
-    def text(value: float) -> str:
-        return "" if value != value else f"{value:.{digits}f}"
-
-    rows = [("router", "live", "least", "most", "load", "entropy", "SRP", "size", "SCH")]
-    for row in routing.rows:
-        ends = (_percent(min(row.live)), _percent(max(row.live)))
-        measured = (row.imbalance, row.entropy, row.srp, row.size, row.sch)
-        rows.append((row.router, _percent(row.live_ratio), *ends, *map(text, measured)))  # type: ignore[arg-type]
-    out.table(rows)
-    few = [row for row in routing.rows if len(row.live) <= FEW]
-    for row in few:
-        shares = (f"{n} {_percent(v)}" for n, v in zip(row.numbers, row.live, strict=True))
-        out.line(f"{row.router}, live by unit: {', '.join(shares)}", "dim")
-    out.line(
-        "live: of the routed units, all and the least and most used one; load: the most over the "
-        "mean; SRP: how well one set "
-        f"serves {routing.segment} tokens (F1), size: its units over a token's; SCH: hit rate of a "
-        f"cache of {routing.cache:g} times the units in use",
-        "dim",
-    )
 
 
 def _near_misses(out: Page, report: Report, *, stable: bool) -> None:
@@ -280,15 +186,8 @@ def _near_misses(out: Page, report: Report, *, stable: bool) -> None:
         _group(out, group, "", stable=stable)
 
 
-def _percent(fraction: float | None) -> str:
-    if fraction is None:
-        return ""
-    text = f"{fraction * 100:.1f}".removesuffix(".0")
-    return "<0.1 %" if text == "0" and fraction > 0 else f"{text} %"
-
-
 def _ratio(a: float, b: float) -> str:
-    return _percent(b / a) if a else ""
+    return percent(b / a) if a else ""
 
 
 # ---------------------------------------------------------------------------- where it goes
@@ -301,15 +200,27 @@ def render(report: Report, *, width: int = 100, stable: bool = False) -> str:
 
 def render_quality(quality: Quality, *, width: int = 100, stable: bool = False) -> str:
     """Only the quality table, for ``sparsify eval``."""
-    out = Page(max(width, 40))
-    _quality(out, quality, stable=stable)
-    return out.text()
+    return _alone(quality_table, quality, width, stable)
+
+
+def render_choices(choices: Choices, *, width: int = 100, stable: bool = False) -> str:
+    """Only the table of multiple-choice questions, for ``sparsify eval``."""
+    return _alone(choices_table, choices, width, stable)
+
+
+def render_embeddings(found: Embeddings, *, width: int = 100, stable: bool = False) -> str:
+    """Only the table of embeddings, for ``sparsify eval``."""
+    return _alone(embeddings_table, found, width, stable)
 
 
 def render_routing(routing: Routing, *, width: int = 100, stable: bool = False) -> str:
     """Only the routing table, for ``sparsify eval``."""
+    return _alone(routing_table, routing, width, stable)
+
+
+def _alone(table: Callable[..., None], found: Any, width: int, stable: bool) -> str:
     out = Page(max(width, 40))
-    _routing(out, routing, stable=stable)
+    table(out, found, stable=stable)
     return out.text()
 
 

@@ -1,12 +1,10 @@
-"""Verbs on saved models: load, verify, diff, evaluate, generate."""
+"""Verbs on saved models: load, verify, diff, generate."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,9 @@ from torch import nn
 
 from sparsify import hf
 from sparsify.core import BOUNDED, REORDERED
-from sparsify.corpus import token_blocks
 from sparsify.errors import BadInput
-from sparsify.evaluate import quality, routing
 from sparsify.evidence import check_end_to_end
-from sparsify.findings import Evaluation, Generation, Verification
+from sparsify.findings import Generation, Verification
 from sparsify.models_hf import tokenizer_of
 from sparsify.report import Report
 from sparsify.report_diff import ReportDiff
@@ -159,62 +155,3 @@ def generate(
 def budget(model: SparseModel) -> float:
     """The mean budget of the model's routers; 1 where it has none."""
     return sum(model.active.values()) / len(model.active) if model.active else 1.0
-
-
-def evaluate(
-    model: str | Path | SparseModel,
-    text: str | Path | Sequence[str],
-    *,
-    active: Sequence[float] = (1.0, 0.75, 0.5),
-    calibration: Any = "docstrings",
-    pass_name: str | None = None,
-    tokens: int = 16384,
-    progress: Any = None,
-) -> Evaluation:
-    """Perplexity at several budgets, with the dense model and static pruning beside it.
-
-    The dense model is the sparse one at its dense limit. At the lowest budget, what the routers do
-    is measured too.
-
-    Args:
-        model: a saved folder, or a model in memory with a tokenizer.
-        text: a file, texts, or a built-in kind (``docstrings``, ``licences``: their held-out half).
-        active: budgets to measure at.
-        calibration: text on which static pruning ranks units; None leaves static pruning out.
-        pass_name: turn only this pass's dials; the rest is all live.
-        tokens: of the text, at most.
-    """
-    sparse = model if isinstance(model, SparseModel) else load(model)
-    if sparse.kind != "causal-lm":
-        raise BadInput(
-            "only causal language models have a perplexity", help=f"this is a {sparse.kind}"
-        )
-    if sparse.tokenizer is None:
-        raise BadInput("the model has no tokenizer", help="compile with tokenizer=...")
-    name, batches = token_blocks(
-        text, sparse.tokenizer, length=256, limit=tokens, split="held-out", seed=0
-    )
-    ranked: Sequence[torch.Tensor] = ()
-    if calibration is not None:
-        _, ranked = token_blocks(calibration, sparse.tokenizer, length=256, limit=8192, seed=0)
-
-    def run(ids: torch.Tensor) -> Any:
-        return sparse(input_ids=ids, use_cache=False)
-
-    found = quality(
-        sparse,
-        batches,
-        text=name,
-        active=active,
-        calibration=ranked,
-        run=run,
-        pass_name=pass_name,
-        progress=progress,
-    )
-    lowest, routed = min(active, default=1.0), None
-    if lowest < 1:
-        routed = routing(sparse, batches, text=name, active=lowest, run=run, pass_name=pass_name)
-    shown = "model in memory" if isinstance(model, SparseModel) else str(model)
-    if isinstance(sparse.report, Report):
-        sparse.report = dataclasses.replace(sparse.report, quality=found, routing=routed)
-    return Evaluation(shown, sparse.pipeline, found, routed)

@@ -45,7 +45,8 @@ CalibrationOption = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help="Text that routers are fitted on: a file, docstrings or licences.",
+        help="Text that routers are fitted on: a file (text or JSONL), docstrings, licences, "
+        "reference or code.",
         show_default=False,
     ),
 ]

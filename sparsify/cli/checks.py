@@ -125,7 +125,15 @@ def text(source: str | None) -> None:
     from sparsify import corpus
 
     if source not in corpus.KINDS:
-        corpus.read_text(source)
+        corpus.check_text(source)
+
+
+def questions(path: Path | None) -> None:
+    """Refuse a file whose first lines are no multiple-choice questions."""
+    if path is not None:
+        from sparsify import questions as files
+
+        files.check(path)
 
 
 def output_folder(path: Path, *, force: bool) -> None:

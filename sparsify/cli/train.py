@@ -23,7 +23,8 @@ def heal(
         str,
         typer.Option(
             metavar="TEXT",
-            help="Text to train on: a file, docstrings or licences.",
+            help="Text to train on: a file (text or JSONL), docstrings, licences, reference or "
+            "code.",
             show_default=False,
         ),
     ],

@@ -294,9 +294,9 @@ def test_quality_has_dense_routed_and_static_rows() -> None:
         model, [ids()], text="t", active=(1.0, 0.5), calibration=[ids()], progress=progress
     )
     assert [(r.model, r.active) for r in found.rows] == [
-        ("dense", 1.0), ("routed", 1.0), ("routed", 0.5), ("static pruning", 0.5),
+        ("dense", 1.0), ("routed", 1.0), ("routed", 0.5), ("static pruning", 0.5), ("TEAL", 0.5),
     ]  # fmt: skip
-    dense, full, half, pruned = found.rows
+    dense, full, half, pruned, _ = found.rows
     assert full.perplexity == pytest.approx(dense.perplexity, rel=1e-5)
     assert full.realised == 1
     assert half.realised == pytest.approx(0.5)
@@ -337,6 +337,28 @@ def test_routing_counts_what_the_routers_select() -> None:
     short = evaluate.routing(model, [text], text="t", active=0.5, tokens=20)
     assert short is not None and short.tokens == 24  # whole sequences
     assert evaluate.routing(nn.Linear(2, 2), [text], text="t", active=0.5) is None
+
+
+def test_quality_has_intervals_of_whole_texts() -> None:
+    model = Language()
+    text = ids(rows=60)
+    texts = [row // 2 for row in range(60)]
+    found = evaluate.quality(model, [text], text="t", active=(0.5,), texts=texts)
+    row = found.row("routed")
+    assert row is not None and found.resampled is not None
+    assert (found.resampled.unit, found.resampled.count) == ("texts", 30)
+    for value, within in (
+        (row.ratio, row.ratio_within), (row.kl, row.kl_within), (row.top1, row.top1_within),
+    ):  # fmt: skip
+        assert value is not None and within is not None
+        assert within.low < value < within.high
+    again = evaluate.quality(model, [text], text="t", active=(0.5,), texts=texts)
+    assert again == found
+    none = evaluate.quality(model, [text], text="t", active=(0.5,), resamples=0)
+    assert none.resampled is None and none.rows[1].ratio_within is None
+    lines = found.render(100).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert any("resamples of 30 texts" in line for line in lines)
 
 
 def test_quality_without_calibration_says_so() -> None:

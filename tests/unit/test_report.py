@@ -17,11 +17,17 @@ from hypothesis import strategies as st
 from sparsify.core import Moved, Remark
 from sparsify.errors import BadInput
 from sparsify.report import (
+    ChoiceRow,
+    Choices,
+    EmbeddingRow,
+    Embeddings,
     Evidence,
+    Interval,
     ModelFacts,
     Quality,
     QualityRow,
     Report,
+    Resampled,
     Routing,
     RoutingRow,
     Step,
@@ -342,3 +348,29 @@ def test_a_report_loads_no_torch() -> None:
     code = "import sys, sparsify.report, sparsify.report_text; assert 'torch' not in sys.modules"
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_questions_and_embeddings_are_in_the_report(golden: Any) -> None:
+    within, drawn = Interval(0.25, 0.35), Resampled("questions", 500, 1000, 0)
+    choices = Choices(
+        "arc.jsonl", 500, 0.25,
+        (ChoiceRow("dense", 1.0, None, 0.42, 0.0, 1.0, accuracy_within=within),
+         ChoiceRow("routed", 0.5, 0.503, 0.3, -0.12, 0.62, "", 0.517, within, within, within),
+         ChoiceRow("static pruning", 0.5, 0.5, 0.28, -0.14, 0.5, "refitted", 0.5)),
+        drawn,
+    )  # fmt: skip
+    sentences = Embeddings(
+        "docstrings", 800, 20_000, 10, "mean",
+        (EmbeddingRow("dense", 1.0, None, 1.0, 1.0, 1.0),
+         EmbeddingRow("routed", 0.5, 0.5, 0.981, 0.91, 0.75, "", 0.51, within, within),
+         EmbeddingRow("TEAL", 0.5, 0.51, 0.971, 0.9, 0.7, "51.0% of the inputs", 0.51)),
+        drawn,
+    )  # fmt: skip
+    report = make(choices=choices, embeddings=sentences)
+    assert Report.from_json(report.to_json()) == report
+    jsonschema.validate(report.to_dict(), schema())
+    assert max(map(len, report.text(100).splitlines())) <= 100
+    golden("report/measures.txt", choices.render(100) + sentences.render(100))
+    rows = {row.what: row.a for row in diff(report, make(), ("a", "b")).rows}
+    assert rows["routed 50% on arc.jsonl: accuracy"] == 0.3
+    assert rows["TEAL 50% on docstrings: cosine"] == 0.971

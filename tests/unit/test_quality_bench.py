@@ -1,0 +1,71 @@
+"""The scripts of benchmarks/quality/ on tiny models."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
+SCRIPTS = ("common", "text", "choices", "embeddings")
+SMALL = ["--quick", "--active", "1,0.5"]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """Scripts as modules."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in SCRIPTS:
+        sys.modules.pop(name, None)
+
+
+def tables(file: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(file.read_text())["tables"]
+    return found
+
+
+def test_text(script: Callable[[str], Any], tmp_path: Path) -> None:
+    out = tmp_path / "t.json"
+    script("text").main(
+        [*SMALL, "--tokens", "1024", "--fitted", "docstrings", "--kinds", "code,reference",
+         "--pipeline", "hidden-route", "--output", str(out)]
+    )  # fmt: skip
+    found = tables(out)
+    assert [t["measured"] for t in found] == ["code", "reference"]
+    models = [(row["model"], row["active"]) for row in found[0]["rows"]]
+    assert models == [
+        ("dense", 1.0), ("routed", 1.0), ("routed", 0.5), ("static pruning", 0.5), ("TEAL", 0.5),
+    ]  # fmt: skip
+    routed, rival = found[0]["rows"][2], found[0]["rows"][4]
+    assert rival["flops"] == pytest.approx(routed["flops"], abs=0.03)
+
+
+def test_choices(script: Callable[[str], Any], tmp_path: Path) -> None:
+    choices = script("choices")
+    made = list(choices.questions("docstrings", 20, 0))
+    assert made == list(choices.questions("docstrings", 20, 0))
+    assert len(made) == 20
+    for question in made:
+        assert len(set(question["choices"])) == 4
+        assert question["choices"][question["answer"]]
+    out = tmp_path / "c.json"
+    choices.main([*SMALL, "--count", "6", "--kinds", "reference", "--output", str(out)])
+    (found,) = tables(out)
+    assert (found["questions"], found["chance"]) == (6, 0.25)
+
+
+def test_embeddings(script: Callable[[str], Any], tmp_path: Path) -> None:
+    out = tmp_path / "e.json"
+    script("embeddings").main(
+        [*SMALL, "--tokens", "600", "--pipelines", "ffn-moe", "--kinds", "docstrings", "--top",
+         "2", "--output", str(out)]
+    )  # fmt: skip
+    (found,) = tables(out)
+    assert found["rows"][1]["cosine"] == pytest.approx(1.0, abs=1e-5)
