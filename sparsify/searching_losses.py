@@ -58,7 +58,9 @@ class Losses:
         for at, gain in gains.items():
             lost = self.loss(at, chosen[at]) / self.scale[at]
             floor = 0.1 * lost  # a unit that seems to cost nothing may cost a little
-            self.scale[at] = max(gain, floor) / lost if lost > 0 else 1.0
+            # half way: taken as it is, what one unit gains among others overcorrects
+            told = max(gain, floor) / lost if lost > 0 else 1.0
+            self.scale[at] = math.sqrt(self.scale[at] * told)
         mean = math.exp(sum(math.log(self.scale[at]) for at in gains) / max(len(gains), 1))
         for at in range(len(self.units)):
             if at not in gains:  # all live in this solution: as the others on average

@@ -170,6 +170,7 @@ class Work:
             tried += [found] if found is not None else []
         front = self.losses.front(self.meter)
         before: tuple[int, ...] = ()
+        fronts: dict[str, Front] = {}
         for number in range(rounds + 1):
             name = "search" if number == 0 else f"search, round {number}"
             found, chosen = self._solution(name, front, budget)
@@ -179,6 +180,7 @@ class Work:
                 break
             tried.append(found)
             before = chosen
+            fronts[name] = front
             if number < rounds:
                 self.losses.again(found.setting, chosen, number + 1)
                 front = self.losses.front(self.meter)
@@ -186,6 +188,9 @@ class Work:
         if not tried:
             raise self._unreachable(target)
         best = min(tried, key=lambda t: t.measured.kl)
+        solved = [t for t in tried if t.name in fronts]
+        if solved:  # the losses that led to the best solution
+            front = fronts[min(solved, key=lambda t: t.measured.kl).name]
         shown, evenly = self._points(front, points)
         clock.tick("front")
         self._within(max_kl, best, target, shown)
