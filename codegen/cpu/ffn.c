@@ -25,7 +25,8 @@ typedef struct {
     int64_t live, thin;                              /* out: live pairs; live neurons of them */
 } ffn;
 
-#define BLOCK 8 /* neurons whose rows of down are read together by few() */
+#define BLOCK 8  /* neurons whose rows of down are read together by few() */
+#define CHUNK 32 /* neurons whose gate and up are read before down: longer runs of memory */
 
 /* y[t] += sum of c[t][i] * row[i] over n <= BLOCK rows of D columns, for T tokens; fetches the next
  * BLOCK rows unless NULL */
@@ -129,7 +130,21 @@ static void rows_of(const ffn *a, int64_t row, int64_t size, const weight_t **w)
     }
 }
 
-/* g and u (n, BLOCK) of neurons row .. row + size for n tokens; fetches `next` after the last rows */
+/* BLOCK rows, as they are fetched ahead: those of gate and up from a neuron on; of down */
+static void gate_rows(const ffn *a, int64_t row, int64_t size, const weight_t **w)
+{
+    for (int64_t i = 0; i < BLOCK; i += TILE) {
+        int64_t on = i / TILE * ROWS < size ? i / TILE * ROWS : 0;
+        rows_of(a, row + on, size - on, w + i);
+    }
+}
+
+static void down_rows(const ffn *a, int64_t row, int64_t size, const weight_t **w)
+{
+    for (int64_t i = 0; i < BLOCK; i++) w[i] = a->down + (row + MIN(i, size - 1)) * a->D;
+}
+
+/* g and u (n, CHUNK) of neurons row .. row + size for n tokens; fetches `next` after the last rows */
 static void neurons(const ffn *a, const int32_t *token, int64_t n, int64_t row, int64_t size, const weight_t *const *next, float *g, float *u)
 {
     int64_t D = a->D;
@@ -155,8 +170,8 @@ static void neurons(const ffn *a, const int32_t *token, int64_t n, int64_t row, 
 #endif
             for (int64_t i = 0; i < took; i++, t++)
                 for (int64_t r = 0; r < ROWS && j + r < size; r++) {
-                    if (GATED) { g[t * BLOCK + j + r] = out[i * TILE + 2 * r]; u[t * BLOCK + j + r] = out[i * TILE + 2 * r + 1]; }
-                    else u[t * BLOCK + j + r] = out[i * TILE + r];
+                    if (GATED) { g[t * CHUNK + j + r] = out[i * TILE + 2 * r]; u[t * CHUNK + j + r] = out[i * TILE + 2 * r + 1]; }
+                    else u[t * CHUNK + j + r] = out[i * TILE + r];
                 }
         }
     }
@@ -165,8 +180,8 @@ static void neurons(const ffn *a, const int32_t *token, int64_t n, int64_t row, 
         float ub = a->up_bias ? a->up_bias[row + j] : 0.0f, gb = a->gate_bias ? a->gate_bias[row + j] : 0.0f;
         if (us == 1.0f && gs == 1.0f && ub == 0.0f && gb == 0.0f) continue;
         for (int64_t t = 0; t < n; t++) {
-            u[t * BLOCK + j] = u[t * BLOCK + j] * us + ub;
-            if (GATED) g[t * BLOCK + j] = g[t * BLOCK + j] * gs + gb;
+            u[t * CHUNK + j] = u[t * CHUNK + j] * us + ub;
+            if (GATED) g[t * CHUNK + j] = g[t * CHUNK + j] * gs + gb;
         }
     }
 }
@@ -200,43 +215,47 @@ int64_t few(ffn *a)
         float *mine = parts + id * T * D;
         memset(mine, 0, sizeof(float) * T * D);
         int64_t lo = work * id / n, hi = work * (id + 1) / n;
-        float g[T * BLOCK], u[T * BLOCK], c[T][BLOCK], *y[T];
+        float g[T * CHUNK], u[T * CHUNK], c[T][BLOCK], *y[T];
         for (int64_t e = 0; e < N; e++) {
             int64_t count = first[e + 1] - first[e];
             if (!count || start[e] + m <= lo || start[e] >= hi) continue;
             int64_t from = lo > start[e] ? lo - start[e] : 0, to = hi < start[e] + m ? hi - start[e] : m;
             const int32_t *who = token + first[e];
             for (int64_t t = 0; t < count; t++) y[t] = mine + who[t] * D;
-            for (int64_t j = from; j < to; j += BLOCK) {
-                int64_t size = to - j < BLOCK ? to - j : BLOCK, row = e * m + j, then = row + BLOCK;
+            for (int64_t j = from; j < to; j += CHUNK) {
+                int64_t size = to - j < CHUNK ? to - j : CHUNK, row = e * m + j, then = row + CHUNK;
                 const weight_t *rows[BLOCK], *after[BLOCK];
-                if (j + BLOCK >= to) { /* the next live expert's, or what is read already */
+                if (j + CHUNK >= to) { /* the next live expert's, or what is read already */
                     int64_t o = e + 1;
                     while (o < N && first[o + 1] == first[o]) o++;
                     then = o < N && start[o] < hi ? o * m : row;
                 }
-                rows_of(a, then, N * m - then, after);
-                if (TILE < BLOCK) rows_of(a, then + ROWS, N * m - then - ROWS > 0 ? N * m - then - ROWS : 1, after + TILE);
-                for (int64_t i = 0; i < BLOCK; i++) rows[i] = a->down + (row + (i < size ? i : size - 1)) * D;
-                neurons(a, who, count, row, size, rows, g, u);
-                for (int64_t i = 0; i < count * BLOCK; i++) u[i] = ACT(u[i], g[i]);
-                for (int64_t t = 0; t < count; t++) {
-                    float share = a->select[who[t] * N + e];
-                    const weight_t *used[BLOCK];
-                    int64_t live = 0;
-                    for (int64_t i = 0; i < size; i++) {
-                        float h = u[t * BLOCK + i];
-                        if (THIN) {
-                            if (a->centre) h -= a->centre[row + i];
-                            if (!(fabsf(h) * a->weigh[row + i] > a->cut)) continue;
+                down_rows(a, row, size, after);
+                neurons(a, who, count, row, size, after, g, u);
+                for (int64_t i = 0; i < count * CHUNK; i++) u[i] = ACT(u[i], g[i]);
+                for (int64_t b = 0; b < size; b += BLOCK) {
+                    int64_t some = MIN(BLOCK, size - b), at = row + b;
+                    down_rows(a, at, some, rows);
+                    if (b + BLOCK < size) down_rows(a, at + BLOCK, size - b - BLOCK, after);
+                    else gate_rows(a, then, N * m - then, after);
+                    for (int64_t t = 0; t < count; t++) {
+                        float share = a->select[who[t] * N + e];
+                        const weight_t *used[BLOCK];
+                        int64_t live = 0;
+                        for (int64_t i = 0; i < some; i++) {
+                            float h = u[t * CHUNK + b + i];
+                            if (THIN) {
+                                if (a->centre) h -= a->centre[at + i];
+                                if (!(fabsf(h) * a->weigh[at + i] > a->cut)) continue;
+                            }
+                            c[t][live] = h * share * (a->down_scale ? a->down_scale[at + i] : 1.0f);
+                            used[live++] = rows[i];
                         }
-                        c[t][live] = h * share * (a->down_scale ? a->down_scale[row + i] : 1.0f);
-                        used[live++] = rows[i];
+                        if (THIN) add_block(y + t, c + t, 1, used, live, t ? NULL : after, D);
+                        thin += live;
                     }
-                    if (THIN) add_block(y + t, c + t, 1, used, live, t ? NULL : after, D);
-                    thin += live;
+                    if (!THIN) add_block(y, c, count, rows, some, after, D);
                 }
-                if (!THIN) add_block(y, c, count, rows, size, after, D);
             }
         }
         /* what stands in for dead experts, and THIN's offsets of live ones */
