@@ -92,21 +92,26 @@ class FfnKernel(Lowered):
         self.choose = choose
         self.int8 = int8
         self.dtype = dtype_of(module.up)
-        gated = module.gate is not None
-        text = source(
-            module.activation,
-            gated=gated,
-            weights=torch.int8 if int8 else self.dtype,
-            thin=module.inside is not None,
-        )
-        library = load(text, "ffn")
+        library = self._library(module, thin=module.inside is not None)
         self.few, self.prefill, self.routes = library.few, library.prefill, library.routes
-        for entry in (self.few, self.prefill, self.routes):
+        # where all neurons of live experts are live, nobody looks at each of them
+        self.whole = self.few if module.inside is None else self._library(module, thin=False).few
+        for entry in (self.few, self.prefill, self.routes, self.whole):
             entry.argtypes, entry.restype = (ctypes.c_void_p,), ctypes.c_int64
         self._everything = self._fuses = False
         self.forget()
 
+    def _library(self, module: RoutedFFN, *, thin: bool) -> ctypes.CDLL:
+        text = source(
+            module.activation,
+            gated=module.gate is not None,
+            weights=torch.int8 if self.int8 else self.dtype,
+            thin=thin,
+        )
+        return load(text, "ffn")
+
     def forget(self) -> None:
+        self._entry = self.few  # or whole
         self._key: tuple[Any, ...] = ()
         self._base: Arguments | None = None
         self._kept: list[Tensor] = []  # what the pointers of _base point to
@@ -157,20 +162,19 @@ class FfnKernel(Lowered):
         args = ready.args
         y = torch.empty_like(x)
         args.x, args.y, args.threads = x.data_ptr(), y.data_ptr(), threads()
-        checked(self.few(ready.address))
+        checked(self._entry(ready.address))
         self._count(module, T, args)
         spares.append(ready)
         return y
 
-    @staticmethod
-    def _count(module: RoutedFFN, T: int, args: Arguments) -> None:
+    def _count(self, module: RoutedFFN, T: int, args: Arguments) -> None:
         live, counter, experts = args.live, module.counter, module.experts
         if experts != args.N:  # all of them as one
             live *= experts
         counter.seen(T, experts, live)
         counter.rows += live
         inside = module._modules.get("inside")
-        if isinstance(inside, LiveNeurons):
+        if isinstance(inside, LiveNeurons) and self._entry is not self.whole:
             inside._seen(T, live, args.thin)
             inside.counter.rows += args.thin
 
@@ -200,7 +204,7 @@ class FfnKernel(Lowered):
         if not fused or way == "prefill":
             args.router = None
         y = torch.empty_like(wide)
-        self._call(self.few if way == "few" else self.prefill, args, T, wide, y, select, scores)
+        self._call(self._entry if way == "few" else self.prefill, args, T, wide, y, select, scores)
         self._count(module, T, args)
         if way == "prefill" and args.live < T * N and (args.dropped or args.slopes):
             known = None if scores is None else scores.view(T, -1)
@@ -310,7 +314,9 @@ class FfnKernel(Lowered):
                     self._copied.append(table)
                     put(name, at_budget(table, at, active))
         inside = module.inside
-        if inside is None and self._everything:
+        thin = inside is not None and not inside.all_live
+        self._entry = self.few if thin else self.whole
+        if not thin and self._everything:
             args.N, args.m = 1, args.N * args.m  # one expert: nothing to group
         if inside is not None:
             cut = -1.0 if inside.all_live else inside.threshold

@@ -271,7 +271,11 @@ def test_rules_that_the_kernel_does_not_know_go_through_the_router(way: Way) -> 
 def test_neurons_of_live_experts() -> None:
     for tokens in (1, 5):
         for active in (0.4, 1.0):
-            agree(layer(inside=True, active=active), torch.randn(tokens, 24), "few")
+            made = layer(inside=True, active=active)
+            agree(made, torch.randn(tokens, 24), "few")
+            assert made.inside is not None
+            made.inside.set_active(1.0)
+            agree(made, torch.randn(tokens, 24), "few")
 
 
 @pytest.mark.parametrize("way", WAYS)
