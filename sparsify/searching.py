@@ -23,6 +23,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsify import api
+from sparsify.calibration import BLOCK
+from sparsify.calibration import TOKENS as FITTED
 from sparsify.capture.causal import is_causal_lm
 from sparsify.corpus import token_blocks
 from sparsify.costs import CONTEXT
@@ -108,11 +110,11 @@ def search(
     )  # fmt: skip
     clock.tick("compile")
     name, batches = token_blocks(
-        text, loaded.tokenizer, length=api.BLOCK,
-        limit=api.CALIBRATION_TOKENS + max(tokens, api.BLOCK), seed=seed,
+        text, loaded.tokenizer, length=BLOCK,
+        limit=FITTED + max(tokens, BLOCK), seed=seed,
     )  # fmt: skip
     given = not isinstance(text, str | Path) and isinstance(text[0], Tensor)
-    fitted = sum(b.numel() for b in batches) if given else api.CALIBRATION_TOKENS
+    fitted = sum(b.numel() for b in batches) if given else FITTED
     if not any(each.routers for each in placed):
         raise BadInput(
             f"nothing in '{passes}' has a budget to search", help="for example: hidden-route"
