@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     captured = capture(loaded.model, loaded.example)
     graph = wrap(SparseModel.of(captured), loaded.model)
     dense = {DENSE: loaded.model, GRAPH: graph}
-    ours = bench_setup.lowered_dense(loaded)
+    ours = bench_setup.lowered_dense(captured, loaded.model)
     if ours is not None:
         dense[DENSE_LOWERED] = ours
     if given.compile:

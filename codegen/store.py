@@ -104,6 +104,17 @@ class Store:
         entry = json.dumps({"key": key, "value": value}, sort_keys=True)
         self.put(_json_name(key), entry.encode())
 
+    def json(self, key: str, make: Callable[[], Any]) -> Any:
+        """What is kept under ``key``, else what ``make`` gives, which is kept then.
+
+        Made anew it is Python's, kept it is JSON's: keys of dictionaries are text there.
+        """
+        kept = self.get_json(key)
+        if kept is None:
+            kept = make()
+            self.put_json(key, kept)
+        return kept
+
     # -- where the folder cannot be used
 
     def private(self, why: Exception | str) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsify.bench import COMPILED, DENSE, DENSE_LOWERED, STEPS, Bench, Progress
 from sparsify.bench_table import Benchmark, Regime
-from sparsify.capture import capture
+from sparsify.capture import Capture, capture
 from sparsify.capture.inputs import given, natural
 from sparsify.corpus import token_blocks
 from sparsify.errors import BadInput, SparsifyError
@@ -60,7 +60,7 @@ def run(
         kinds[DENSE] = loaded.model.eval()
         if compiled:
             kinds[COMPILED] = torch.compile(loaded.model, dynamic=False)
-        ours = lowered_dense(loaded)
+        ours = lowered_dense(capture(loaded.model, loaded.example), loaded.model)
         if ours is not None:
             kinds[DENSE_LOWERED] = ours
     budgets, more = _budgets(sparse, active, alone=not kinds)
@@ -78,14 +78,13 @@ def run(
     return Benchmark(name, sparse.pipeline, rows, rounds, tuple(notes), now, machine)
 
 
-def lowered_dense(loaded: Loaded) -> SparseModel | None:
+def lowered_dense(captured: Capture, source: nn.Module) -> SparseModel | None:
     """The dense graph with kernels for its products; None where torch's are as fast, or on GPUs.
 
     Kernels that also speed up what routing leaves dense are no gain of routing: the dense model is
     given them too.
     """
-    captured = capture(loaded.model, loaded.example)
-    model = wrap(SparseModel.of(captured), loaded.model)  # type: ignore[arg-type]
+    model = wrap(SparseModel.of(captured), source)
     try:
         model.lower()
     except BadInput:  # no code generator in this installation

@@ -12,6 +12,8 @@ import torch
 from sparsify import choices as multiple_choice
 from sparsify import questions as question_files
 from sparsify.bootstrap import RESAMPLES
+from sparsify.calibration import BLOCK
+from sparsify.calibration import TOKENS as FITTING  # baselines are fitted on as much as routers are
 from sparsify.contenders import BASELINES
 from sparsify.corpus import token_text
 from sparsify.embeddings import TOP, embeddings
@@ -23,9 +25,6 @@ from sparsify.runtime.calling import ModuleCall
 from sparsify.runtime.model import SparseModel
 from sparsify.saved import load
 from sparsify.sentences import Batch, longest, reads_text, sentences
-
-FITTING = 8192  # tokens that baselines are fitted on
-BLOCK = 256  # tokens of a sequence
 
 
 def evaluate(

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from sparsify.codegen.cpu.call import FEW, Cuts, Way
-from sparsify.codegen.cpu.tune import SHARES, Times, seconds, timed
-from sparsify.codegen.machine import machine
-from sparsify.codegen.store import store
+from sparsify.codegen.cpu.tune import SHARES, Times, here, kept_table, seconds, timed
 
 TOKENS = (1, 2, 4, FEW)
 VERSION = 1  # of the kernels: a new one is measured anew
-MARGIN = 1.1  # how much faster the dense way must be: less may be noise
+MARGIN = 1.1  # how much faster the other way must be: less may be noise
 _STEPS = 100  # shares that are looked at
 Table = dict[Way, Times]
 
@@ -61,13 +59,7 @@ def tune(modules: Sequence[Any], kernels: Sequence[Tuned]) -> str:
 
 def table_of(modules: Sequence[Any], kernels: Sequence[Tuned]) -> Table:
     """The table of projections of one kind, from the store or measured on these."""
-    key = f"{kernels[0].key}-{VERSION}-{torch.get_num_threads()}t-{machine().key}"
-    kept = store().get_json(key)
-    if kept is not None:
-        return {way: {int(t): (a, b) for t, (a, b) in times.items()} for way, times in kept.items()}
-    table = measure(modules, kernels)
-    store().put_json(key, table)
-    return table
+    return kept_table(f"{kernels[0].key}-{VERSION}-{here()}", lambda: measure(modules, kernels))
 
 
 def measure(modules: Sequence[Any], kernels: Sequence[Tuned]) -> Table:

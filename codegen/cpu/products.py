@@ -22,15 +22,14 @@ import torch
 from torch import Tensor, fx
 
 from sparsify.codegen.cpu import build
-from sparsify.codegen.cpu.call import DTYPES, FEW, Lowered, checked, function
+from sparsify.codegen.cpu.call import DTYPES, FEW, Lowered, address, checked, function
+from sparsify.codegen.cpu.choice import MARGIN, TOKENS
 from sparsify.codegen.cpu.heads import RoutedDots
-from sparsify.codegen.cpu.tune import timed
-from sparsify.codegen.machine import machine
+from sparsify.codegen.cpu.tune import here, timed
 from sparsify.codegen.store import store
+from sparsify.probe import attribute
 
-TOKENS = (1, 2, 4, FEW)
 VERSION = 1  # of the kernel: a new one is measured anew
-MARGIN = 1.1  # how much faster C must be: less may be noise
 linear = torch.nn.functional.linear
 Size = tuple[int, int, torch.dtype]  # out, in
 
@@ -71,7 +70,7 @@ class Products(Lowered):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
         entry = self._entries.get(id(weight))
-        place, shift = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        place, shift = weight.data_ptr(), address(bias)
         if entry is None or entry.place != place or entry.bias != shift:
             entry = self._entry(weight, bias)
         tokens = x.numel() // entry.inputs
@@ -84,8 +83,9 @@ class Products(Lowered):
 
     def _entry(self, weight: Tensor, bias: Tensor | None) -> _Entry:
         outputs, inputs = weight.shape
+        place, shift = weight.data_ptr(), address(bias)
         struct = RoutedDots(
-            others=weight.data_ptr(), other_bias=0 if bias is None else bias.data_ptr(),
+            others=place, other_bias=shift,
             units=0, size=1, n_others=outputs, inputs=inputs,
         )  # fmt: skip
         plain = weight.is_contiguous() and weight.is_cpu
@@ -95,7 +95,7 @@ class Products(Lowered):
         key, entries = id(weight), self._entries
         alive = weakref.ref(weight, lambda _: entries.pop(key, None))
         entry = entries[key] = _Entry(
-            weight.data_ptr(), 0 if bias is None else bias.data_ptr(), inputs, outputs, most,
+            place, shift, inputs, outputs, most,
             weight.dtype, struct, ctypes.addressof(struct), alive,
         )  # fmt: skip
         return entry
@@ -110,8 +110,7 @@ def weights_of(graph: fx.GraphModule) -> dict[Size, list[Tensor]]:
         weight = node.args[1]
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             continue
-        owner, _, leaf = str(weight.target).rpartition(".")
-        tensor = getattr(graph.get_submodule(owner), leaf, None)
+        tensor = attribute(graph, str(weight.target))
         if isinstance(tensor, Tensor) and tensor.dtype in DTYPES and tensor.is_cpu:
             outputs, inputs = tensor.shape
             found.setdefault((outputs, inputs, tensor.dtype), {})[id(tensor)] = tensor
@@ -139,13 +138,8 @@ def products_of(graph: fx.GraphModule) -> tuple[Products | None, str]:
 def _limit(size: Size, weights: Sequence[Tensor]) -> int:
     outputs, inputs, dtype = size
     name = str(dtype).removeprefix("torch.")
-    threads = torch.get_num_threads()
-    key = f"product-{VERSION}-{outputs}x{inputs}-{name}-{threads}t-{machine().key}"
-    kept = store().get_json(key)
-    if kept is None:
-        kept = _measured(size, weights)
-        store().put_json(key, kept)
-    return int(kept)
+    key = f"product-{VERSION}-{outputs}x{inputs}-{name}-{here()}"
+    return int(store().json(key, lambda: _measured(size, weights)))
 
 
 def _measured(size: Size, weights: Sequence[Tensor]) -> int:

@@ -1,10 +1,10 @@
 """Tiles: the innermost loops of the CPU kernels, written out so that their sums stay in registers.
 
 A compiler keeps an array of sums in registers only where it can see through every index; names
-cannot be missed. Where there is arithmetic to do, weight rows are first copied to a buffer of ours
-(``PITCH`` floats from row to row): rows of a matrix whose width is a power of two all fall into the
-same lines of the first cache and push each other out, and a bfloat16 or int8 weight is widened
-once, not once per token.
+cannot be missed. Where there is arithmetic to do, bfloat16 and int8 weights are first widened into
+a buffer (once, not once per token); float32 rows are read as they lie. Rows of a matrix whose width
+is a power of two all fall into the same lines of the first cache, which holds eight of them: 12x1,
+which AVX2 takes for a single vector of tokens, is slow there.
 
 Multiply-adds of one thread, GFLOP/s (gcc 12):
 
@@ -64,7 +64,7 @@ def dots(tokens: int, rows: int, packed: bool = False) -> str:
 def spread(rows: int, vectors: int) -> str:
     """``out[r][...] (+)= sum over k of w[r][k] * panel[k][...]``: tokens lie side by side.
 
-    ``w`` is a packed buffer. ``next``, unless NULL: the rows that are read after these, fetched
+    Rows of ``w`` are float32. ``next``, unless NULL: the rows that are read after these, fetched
     into the second cache meanwhile.
 
     Args:

@@ -39,19 +39,24 @@ def key_of(module: RoutedFFN, int8: bool = False) -> str:
     thin = "-thin" if module.inside is not None else ""
     dtype = "int8" if int8 else str(module.up.dtype).removeprefix("torch.")
     sizes = "x".join(str(n) for n in module.up.shape)
-    threads = torch.get_num_threads()
-    return f"ffn-{VERSION}-{sizes}-{gated}{thin}-{dtype}-{threads}t-{machine().key}"
+    return f"ffn-{VERSION}-{sizes}-{gated}{thin}-{dtype}-{here()}"
+
+
+def here() -> str:
+    """What every timing depends on, in a key: the threads and the machine."""
+    return f"{torch.get_num_threads()}t-{machine().key}"
+
+
+def kept_table(key: str, make: Callable[[], Mapping[W, Times]]) -> dict[W, Times]:
+    """The times that are kept under ``key``, else measured by ``make`` and kept."""
+    kept = store().json(key, make)
+    return {way: {int(t): (a, b) for t, (a, b) in times.items()} for way, times in kept.items()}
 
 
 def table_of(modules: Sequence[RoutedFFN], kernels: Sequence[FfnKernel]) -> Table:
     """The table of layers of one kind, from the store or measured on these with their kernels."""
     key = key_of(modules[0], kernels[0].int8)
-    kept = store().get_json(key)
-    if kept is not None:
-        return {way: {int(t): (a, b) for t, (a, b) in times.items()} for way, times in kept.items()}
-    table = measure(modules, kernels)
-    store().put_json(key, table)
-    return table
+    return kept_table(key, lambda: measure(modules, kernels))
 
 
 def measure(modules: Sequence[RoutedFFN], kernels: Sequence[FfnKernel]) -> Table:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.codegen.cpu import choice
+from sparsify.codegen.cpu import choice, tune
 from sparsify.codegen.cpu.call import FEW, NEVER
 from sparsify.codegen.cpu.choice import cuts_of, measure, table_of, told
 from sparsify.codegen.cpu.lower import kernel_of, kernels_of
@@ -119,7 +119,7 @@ def test_int8_is_never_replaced() -> None:
 
 def test_measured_once_and_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kept = Store(tmp_path)  # made-up times are for nobody else
-    monkeypatch.setattr(choice, "store", lambda: kept)
+    monkeypatch.setattr(tune, "store", lambda: kept)
     modules = [projection(24, 10), projection(24, 10)]
     kernels = [kernel_of(m) for m in modules]
     before = [m.counter.tokens for m in modules]
