@@ -251,7 +251,7 @@ class SparseModel(nn.Module):
             tokens: new tokens of a call; 1 (decoding) allows more.
         """
         causal = isinstance(self.call_spec, CausalCall)
-        return self._straight.done(self.graph, causal and tokens == 1)
+        return self._straight.done(self.graph, causal and tokens == 1, self.product)
 
     # -- a torch module like any other
 

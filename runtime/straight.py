@@ -17,16 +17,17 @@ modules are looked up in every call, so they can be replaced.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from sparsify.runtime.beside import grouped, several
 from sparsify.runtime.masks import drop_masks, fix_tokens, keep_masks, masks_of
 from sparsify.runtime.straight_text import Function, function
-from sparsify.runtime.tidy import tidy
+from sparsify.runtime.tidy import mutates, tidy
 
 Outputs = tuple[Any, ...]
 
@@ -97,9 +98,14 @@ class Straight:
     def __deepcopy__(self, memo: dict[int, object]) -> Straight:
         return Straight()
 
-    def done(self, module: fx.GraphModule, one: bool = False) -> dict[str, int]:
+    def done(
+        self,
+        module: fx.GraphModule,
+        one: bool = False,
+        product: Callable[..., Tensor] | None = None,
+    ) -> dict[str, int]:
         """What was tidied in calls of that kind, and how often."""
-        plan = self.plan(module, one)
+        plan = self.plan(module, one, product)
         open_masks = {} if plan.masks is None else {"attention masks left out while open": 1}
         return {**plan.done, **open_masks}
 
@@ -127,21 +133,31 @@ def _open(mask: Tensor) -> bool:
 
 def _plan(module: fx.GraphModule, one: bool, product: Callable[..., Tensor] | None) -> _Plan:
     graph = _copied(module.graph)
-    calls = {} if product is None else {torch.ops.aten.linear.default: product}
+    calls: dict[Any, Callable[..., Any]] = {}
+    if product is not None:
+        calls = {torch.ops.aten.linear.default: product, several: product.several}
     if one:
         fix_tokens(graph)
     masks = masks_of(graph) if one else []
     tokens = 1 if one else None
     if not masks:
-        done = tidy(graph, tokens)
+        done = _tidied(graph, module, tokens, calls)
         return _Plan(function(graph, module, calls), done=done)
     only, opened = _copied(graph), _copied(graph)
     keep_masks(only)
     drop_masks(opened)
-    done = tidy(opened, tokens)
-    tidy(graph, tokens)
+    done = _tidied(opened, module, tokens, calls)
+    _tidied(graph, module, tokens, calls)
     run, makes, unmasked = (function(g, module, calls) for g in (graph, only, opened))
     return _Plan(run, makes, unmasked, done)
+
+
+def _tidied(
+    graph: fx.Graph, module: fx.GraphModule, tokens: int | None, calls: Mapping[Any, Any]
+) -> dict[str, int]:
+    done = tidy(graph, tokens)
+    saved = 0 if mutates(graph) else grouped(graph, module, products=several in calls)
+    return {**done, "projections of one input computed in one call": saved} if saved else done
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

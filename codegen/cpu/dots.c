@@ -81,3 +81,33 @@ int64_t routed_rows(const routed *to, const value_t *x, const value_t *select, v
     free(wide);
     return pairs;
 }
+
+typedef struct {
+    const value_t *weight; /* (out, in) */
+    const value_t *bias;   /* (out) or null */
+    value_t *y;            /* (tokens, out) */
+    int64_t out;
+} product;
+
+/* Dense products of the same x (tokens, in): y = x @ weight.T + bias. 0; -1 = out of memory. */
+int64_t products(const product *all, int64_t count, const value_t *x, int64_t tokens, int64_t in,
+                 int threads) {
+    int64_t pitch = (in + 15) / 16 * 16, rows = 0;
+    float *wide = aligned_alloc(64, (tokens * pitch * sizeof(float) + 63) / 64 * 64);
+    if (!wide) return -1;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t j = 0; j < in; j++) wide[t * pitch + j] = value(x + t * in + j);
+    for (int64_t i = 0; i < count; i++) rows += all[i].out;
+    threads = team(threads, rows * in);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
+        for (int64_t i = 0; i < count; i++) {
+            routed one = {.others = all[i].weight, .other_bias = all[i].bias, .n_others = all[i].out, .in = in};
+            int64_t lo = all[i].out * part / parts, hi = all[i].out * (part + 1) / parts;
+            some(&one, wide, pitch, all[i].y, tokens, NULL, lo, hi);
+        }
+    }
+    free(wide);
+    return 0;
+}

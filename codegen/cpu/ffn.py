@@ -249,16 +249,7 @@ class FfnKernel(Lowered):
         A decoded token passes through here for every layer: looking up the dial's properties anew
         took longer than the kernel.
         """
-        own, its = module._parameters, router._parameters
-        inside = module._modules.get("inside")
-        cut = router._cut
-        key: tuple[Any, ...] = (
-            everything, router.active, router.k_exact, router.selector,
-            id(cut) if isinstance(cut, Tensor) else cut,
-            *map(id, map(own.get, _OWN)), id(its["weight"]), id(its["bias"]),
-        )  # fmt: skip
-        if isinstance(inside, LiveNeurons):
-            key += (inside.setting, id(inside.selector), id(inside._cut))
+        key = self._key_of(module, router, everything)
         if key == self._key:
             direct, copied = self._direct, self._copied
             if [t.data_ptr() for t in direct] == self._places and (
@@ -266,16 +257,29 @@ class FfnKernel(Lowered):
             ):
                 return self._base
         self._base, self._spare, self._direct, self._copied = None, {}, [], []
-        packed = [own[n] for n in ("up", "gate", "down") if own.get(n) is not None]
+        own = module._parameters
+        packed = [t for t in map(own.get, ("up", "gate", "down")) if t is not None]
         if usable(packed, [self.dtype] * len(packed)):
             self._everything = router.all_live if everything is None else everything
             self._base, self._kept = self._read(module, router)
         self._places = [t.data_ptr() for t in self._direct]
         self._versions = [version(t) for t in self._copied]
         self._fuses = fuses(router)
-        steady = router._cut is cut or isinstance(router._cut, Tensor)  # reading it may have set it
-        self._key = key if steady else ()
+        self._key = self._key_of(module, router, everything)  # reading may have set the thresholds
         return self._base
+
+    @staticmethod
+    def _key_of(module: RoutedFFN, router: Router, everything: bool | None) -> tuple[Any, ...]:
+        own, its, cut = module._parameters, router._parameters, router._cut
+        key: tuple[Any, ...] = (
+            everything, router.active, router.k_exact, router.selector,
+            id(cut) if isinstance(cut, Tensor) else cut,
+            *map(id, map(own.get, _OWN)), id(its["weight"]), id(its["bias"]),
+        )  # fmt: skip
+        inside = module._modules.get("inside")
+        if isinstance(inside, LiveNeurons):
+            key += (inside.setting, id(inside.selector), id(inside._cut))
+        return key
 
     def _read(self, module: RoutedFFN, router: Router) -> tuple[Arguments | None, list[Tensor]]:
         args, kept = Arguments(), list[Tensor]()

@@ -13,7 +13,7 @@ asked for, never chosen, since it changes results, and it is the one case with a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,16 @@ class Routed(ctypes.Structure):
     ]
 
 
+class Projection(ctypes.Structure):
+    """``projection`` of rows.c: one of those that read the same x."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("to", "y")),
+        *((name, ctypes.c_int64) for name in ("keep", "pairs")),
+        ("threshold", ctypes.c_float),
+    ]
+
+
 class LinearKernel(Lowered):
     """The kernel of one :class:`RoutedLinear`; Refused for rules and dtypes that it does not know.
 
@@ -68,41 +78,70 @@ class LinearKernel(Lowered):
         if type(rule) not in (TopK, Threshold):
             raise Refused(f"CPU kernels of projections select by threshold or top-k, not {rule}")
         self.inputs, self.outputs = module.columns.shape
-        self.run = function("rows", "routed_linear", self.dtype, "pppllfi", int8=int8)
+        self.run = function("rows", "routed_linears", self.dtype, "plpli", int8=int8)
         name = str(self.dtype).removeprefix("torch.")
         self.key = f"linear-{self.inputs}x{self.outputs}-{name}"
         self.dense = not int8  # another result: nothing to choose
         self.cuts: Cuts = NEVER
         self._made: Made = UNMADE
         self._turned: tuple[Any, int, float] = (None, 0, 1.0)
+        self._spare: dict[int, list[Any]] = {}  # arrays of C calls, by their number
         self._shape: Any = None  # of the last input, and what follows from it
         self._sizes: tuple[int, tuple[int, ...]] = (0, ())
 
     def __call__(self, module: RoutedLinear, x: Tensor) -> Tensor | None:
+        found = self.together((module,), x)
+        return None if found is None else found[0]
+
+    def together(self, modules: Sequence[RoutedLinear], x: Tensor) -> list[Tensor] | None:
+        """What each of ``modules`` makes of the same x (..., in), in one C call.
+
+        The first module is this kernel's. None where one of them has to run by itself: other sizes
+        or dtypes, eager or dense ways.
+        """
         if not plain(x, self.dtype):
             return None
         if x.shape != self._shape:
             self._shape, self._sizes = x.shape, self._sizes_of(x)
-        tokens, shape = self._sizes
+        tokens, leading = self._sizes
         if not tokens:
             return None
-        select: Magnitude = module._modules["select"]  # type: ignore[assignment]
-        keep, share = self._keep(select)
-        if keep is None:
-            return None
-        if share >= self.cuts[tokens]:
-            return self._dense(module, select, x.reshape(tokens, -1)).view(shape)
-        made = self._struct(module, select)
-        threshold = select.threshold if keep == THRESHOLD else 0.0
-        if not made or isinstance(threshold, Tensor):
-            return None
+        spare = self._spare.setdefault(len(modules), [])
+        try:
+            calls = spare.pop()  # nobody else's meanwhile
+        except IndexError:
+            calls = (Projection * len(modules))()
+        found = []
+        for call, module in zip(calls, modules, strict=True):
+            kernel = module.kernel if found else self
+            if type(kernel) is not LinearKernel or not self._like(kernel):
+                return None
+            select: Magnitude = module._modules["select"]  # type: ignore[assignment]
+            keep, share = kernel._keep(select)
+            if keep is None:
+                return None
+            if share >= kernel.cuts[tokens]:
+                if len(modules) > 1:
+                    return None
+                return [self._dense(module, select, x.reshape(tokens, -1)).view(x.shape[:-1] + (-1,))]
+            call.to = made = kernel._struct(module, select)
+            threshold = select.threshold if keep == THRESHOLD else 0.0
+            if not made or isinstance(threshold, Tensor):
+                return None
+            y = x.new_empty((*leading, kernel.outputs))
+            call.y, call.keep, call.threshold = y.data_ptr(), keep, threshold
+            found.append(y)
         x = x if x.is_contiguous() else x.contiguous()
-        y = x.new_empty(shape)
-        pairs = self.run(made, x.data_ptr(), y.data_ptr(), tokens, keep, threshold, build.threads())
-        counter = module.counter
-        counter.seen(tokens, self.inputs, checked(pairs))
-        counter.rows += pairs
-        return y
+        checked(self.run(calls, len(modules), x.data_ptr(), tokens, build.threads()))
+        for call, module in zip(calls, modules, strict=True):
+            counter, pairs = module.counter, call.pairs
+            counter.seen(tokens, self.inputs, pairs)
+            counter.rows += pairs
+        spare.append(calls)
+        return found
+
+    def _like(self, other: LinearKernel) -> bool:
+        return (self.inputs, self.dtype, self.int8) == (other.inputs, other.dtype, other.int8)
 
     def _dense(self, module: RoutedLinear, select: Magnitude, rows: Tensor) -> Tensor:
         """rows (T, in) -> (T, out): dead inputs count as zero."""
@@ -140,23 +179,26 @@ class LinearKernel(Lowered):
             )
         made = self._struct(module, select)
 
+        calls = (Projection * 1)()
+
         def run() -> Tensor:
             y = x.new_empty((tokens, self.outputs))
-            threads = build.threads()
-            self.run(made, x.data_ptr(), y.data_ptr(), tokens, THRESHOLD, cut, threads)
+            calls[0].to, calls[0].y = made, y.data_ptr()
+            calls[0].keep, calls[0].threshold = THRESHOLD, cut
+            checked(self.run(calls, 1, x.data_ptr(), tokens, build.threads()))
             return y
 
         return run
 
     def _sizes_of(self, x: Tensor) -> tuple[int, tuple[int, ...]]:
-        """How many tokens ``x`` holds, and the shape of the result; 0 tokens to decline."""
+        """How many tokens ``x`` holds, and in which dimensions; 0 tokens to decline."""
         if not x.dim() or x.size(-1) != self.inputs:
             return 0, ()
         tokens = x.numel() // self.inputs
-        return tokens if tokens <= FEW else 0, (*x.shape[:-1], self.outputs)
+        return tokens if tokens <= FEW else 0, tuple(x.shape[:-1])
 
     def forget(self) -> None:
-        self._made, self._turned = UNMADE, (None, 0, 1.0)
+        self._made, self._turned, self._spare = UNMADE, (None, 0, 1.0), {}
 
     def _keep(self, select: Magnitude) -> tuple[int | None, float]:
         """How many inputs are live, or THRESHOLD, and their share; None where others decide."""

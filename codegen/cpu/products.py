@@ -24,7 +24,6 @@ from torch import Tensor, fx
 from sparsify.codegen.cpu import build
 from sparsify.codegen.cpu.call import DTYPES, FEW, Lowered, address, checked, function
 from sparsify.codegen.cpu.choice import MARGIN, TOKENS
-from sparsify.codegen.cpu.heads import RoutedDots
 from sparsify.codegen.cpu.tune import here, timed
 from sparsify.codegen.store import store
 from sparsify.probe import attribute
@@ -32,6 +31,15 @@ from sparsify.probe import attribute
 VERSION = 1  # of the kernel: a new one is measured anew
 linear = torch.nn.functional.linear
 Size = tuple[int, int, torch.dtype]  # out, in
+
+
+class Product(ctypes.Structure):
+    """``product`` of dots.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "y")),
+        ("out", ctypes.c_int64),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +52,6 @@ class _Entry:
     outputs: int
     most: int
     dtype: torch.dtype
-    struct: RoutedDots
-    address: int
     alive: Any  # a weak reference to the weight
 
 
@@ -59,35 +65,62 @@ class Products(Lowered):
     def __init__(self, limits: dict[Size, int]) -> None:
         self.limits = limits
         self.run = {
-            dtype: function("dots", "routed_rows", dtype, "ppppli")
+            dtype: function("dots", "products", dtype, "plplli")
             for dtype in {size[2] for size, most in limits.items() if most}
         }
         self.forget()
 
     def forget(self) -> None:
         self._entries: dict[int, _Entry] = {}
+        self._spare: dict[int, list[Any]] = {}  # arrays of C products, by their number
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
-        entry = self._entries.get(id(weight))
-        place, shift = weight.data_ptr(), address(bias)
-        if entry is None or entry.place != place or entry.bias != shift:
-            entry = self._entry(weight, bias)
-        tokens = x.numel() // entry.inputs
-        if not 0 < tokens <= entry.most or x.dtype is not entry.dtype or not x.is_contiguous():
-            return linear(x, weight, bias)
-        y = x.new_empty((*x.shape[:-1], entry.outputs))
-        run = self.run[entry.dtype]
-        checked(run(entry.address, x.data_ptr(), 0, y.data_ptr(), tokens, build.threads()))
-        return y
+        found = self._in_c(x, (weight,), (bias,))
+        return linear(x, weight, bias) if found is None else found[0]
+
+    def several(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """The products of x (..., in) with each weight (out, in), in one C call where C is taken
+        for them all."""
+        found = self._in_c(x, weights, biases)
+        if found is None:
+            found = [self(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return found
+
+    def _in_c(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> list[Tensor] | None:
+        if not x.is_contiguous():
+            return None
+        inputs, leading, dtype, tokens = x.shape[-1], x.shape[:-1], x.dtype, 0
+        spare = self._spare.setdefault(len(weights), [])
+        try:
+            calls = spare.pop()  # nobody else's meanwhile
+        except IndexError:
+            calls = (Product * len(weights))()
+        found = []
+        for call, weight, bias in zip(calls, weights, biases, strict=True):
+            entry = self._entries.get(id(weight))
+            place, shift = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+            if entry is None or entry.place != place or entry.bias != shift:
+                entry = self._entry(weight, bias)
+            if not entry.most or entry.inputs != inputs or entry.dtype is not dtype:
+                return None
+            tokens = tokens or x.numel() // inputs
+            if not 0 < tokens <= entry.most:
+                return None
+            y = x.new_empty((*leading, entry.outputs))
+            call.weight, call.bias, call.y, call.out = place, shift, y.data_ptr(), entry.outputs
+            found.append(y)
+        run = self.run[dtype]
+        checked(run(calls, len(weights), x.data_ptr(), tokens, inputs, build.threads()))
+        spare.append(calls)
+        return found
 
     def _entry(self, weight: Tensor, bias: Tensor | None) -> _Entry:
         outputs, inputs = weight.shape
-        place, shift = weight.data_ptr(), address(bias)
-        struct = RoutedDots(
-            others=place, other_bias=shift,
-            units=0, size=1, n_others=outputs, inputs=inputs,
-        )  # fmt: skip
         plain = weight.is_contiguous() and weight.is_cpu
         if bias is not None:
             plain = plain and bias.is_contiguous() and bias.dtype is weight.dtype
@@ -95,9 +128,8 @@ class Products(Lowered):
         key, entries = id(weight), self._entries
         alive = weakref.ref(weight, lambda _: entries.pop(key, None))
         entry = entries[key] = _Entry(
-            place, shift, inputs, outputs, most,
-            weight.dtype, struct, ctypes.addressof(struct), alive,
-        )  # fmt: skip
+            weight.data_ptr(), address(bias), inputs, outputs, most, weight.dtype, alive
+        )
         return entry
 
 
