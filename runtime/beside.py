@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,18 @@ from sparsify.runtime.dispatch import watched
 from sparsify.runtime.spec import RoutedModule
 
 _LINEAR = torch.ops.aten.linear.default
+
+
+class Product(Protocol):
+    """A kernel for dense products."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``linear``."""
+
+    def several(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """:func:`several`."""
 
 
 def several(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -32,11 +44,10 @@ def together(modules: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
     """What each of ``modules``, of one class, makes of ``x``; in one call where kernels can."""
     first = modules[0].kernel
     joint = getattr(first, "together", None)
-    if joint is not None and not any(module.dispatch != "auto" for module in modules):
-        if not any(watched(x, module) for module in modules):
-            found: Sequence[Tensor] | None = joint(modules, x)
-            if found is not None:
-                return found
+    if joint is not None and all(m.dispatch == "auto" and not watched(x, m) for m in modules):
+        found: Sequence[Tensor] | None = joint(modules, x)
+        if found is not None:
+            return found
     return [module.forward(x) for module in modules]
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from sparsify.runtime.beside import grouped, several
+from sparsify.runtime.beside import Product, grouped, several
 from sparsify.runtime.masks import drop_masks, fix_tokens, keep_masks, masks_of
 from sparsify.runtime.straight_text import Function, function
 from sparsify.runtime.tidy import mutates, tidy
@@ -68,7 +68,7 @@ class Straight:
         inputs: Sequence[Any],
         *,
         one: bool = False,
-        product: Callable[..., Tensor] | None = None,
+        product: Product | None = None,
     ) -> Outputs:
         """``module.forward(*inputs)``.
 
@@ -86,7 +86,7 @@ class Straight:
         self,
         module: fx.GraphModule,
         one: bool = False,
-        product: Callable[..., Tensor] | None = None,
+        product: Product | None = None,
     ) -> _Plan:
         """What calls of ``module`` run; made at the first."""
         key = (id(module), one, id(product))
@@ -102,7 +102,7 @@ class Straight:
         self,
         module: fx.GraphModule,
         one: bool = False,
-        product: Callable[..., Tensor] | None = None,
+        product: Product | None = None,
     ) -> dict[str, int]:
         """What was tidied in calls of that kind, and how often."""
         plan = self.plan(module, one, product)
@@ -131,7 +131,7 @@ def _open(mask: Tensor) -> bool:
 # ---------------------------------------------------------------------------- making plans
 
 
-def _plan(module: fx.GraphModule, one: bool, product: Callable[..., Tensor] | None) -> _Plan:
+def _plan(module: fx.GraphModule, one: bool, product: Product | None) -> _Plan:
     graph = _copied(module.graph)
     calls: dict[Any, Callable[..., Any]] = {}
     if product is not None:

@@ -51,11 +51,11 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.sym_size.int: torch.Tensor.size,
 }
 
-# Stack slots of the function, though it needs a dozen. CPython puts frames into chunks of 16 KiB and
-# maps a new one where a call does not fit, to unmap it when the call returns. A frame of hundreds of
-# variables may end just below the end of a chunk, by the depth of its caller: then each of its own
-# calls maps and unmaps one (20 us; 120 of them made a step of SmolLM2 20 % slower). A frame larger
-# than any rest gets a chunk for itself, with a thousand slots to spare behind it.
+# Stack slots of the function, though it needs a dozen. CPython puts frames into chunks of 16 KiB,
+# maps a new one where a call does not fit, and unmaps it when the call returns. A frame of hundreds
+# of variables may end just below the end of a chunk, depending on how deep its caller is: then each
+# of its own calls maps and unmaps one (20 us; 120 of them made a step of SmolLM2 20 % slower). A
+# frame larger than any rest gets a chunk to itself, with a thousand slots to spare behind it.
 OWN_CHUNK = 1 << 14
 
 
@@ -145,7 +145,7 @@ class _Printer:
 
     def _together(self, node: fx.Node, name: str) -> None:
         paths, x = node.args
-        modules = [self._module(path) for path in paths]  # type: ignore[union-attr]
+        modules = [self._module(path) for path in paths]  # type: ignore[union-attr, arg-type]
         listed = f"({''.join(f'{module}, ' for module in modules)})"
         hooked = " or ".join(f"unusual({module})" for module in modules)
         single = ", ".join(f"{module}({self._of(x)})" for module in modules)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from sparsify.runtime.rules import TopK
 from sparsify.runtime.rules_cut import Threshold
 
 THRESHOLD = -1  # in place of a count; as in rows.c
+Ready = tuple[int, int, float, float]  # the struct's address, keep, the threshold, the live share
 
 
 class Routed(ctypes.Structure):
@@ -64,6 +65,21 @@ class Projection(ctypes.Structure):
     ]
 
 
+class _Seen(NamedTuple):
+    """The cut and the tensors of the last call, and what it was given."""
+
+    cut: float
+    columns: Tensor
+    place: int
+    offset: Tensor | None
+    offset_place: int
+    bias: Tensor | None
+    bias_place: int
+    scale: Tensor
+    centre: Tensor | None
+    found: Ready
+
+
 class LinearKernel(Lowered):
     """The kernel of one :class:`RoutedLinear`; Refused for rules and dtypes that it does not know.
 
@@ -84,7 +100,7 @@ class LinearKernel(Lowered):
         self.dense = not int8  # another result: nothing to choose
         self.cuts: Cuts = NEVER
         self._made: Made = UNMADE
-        self._turned: tuple[Any, int, float] = (None, 0, 1.0)
+        self._seen: _Seen | None = None
         self._spare: dict[int, list[Any]] = {}  # arrays of C calls, by their number
         self._shape: Any = None  # of the last input, and what follows from it
         self._sizes: tuple[int, tuple[int, ...]] = (0, ())
@@ -111,25 +127,23 @@ class LinearKernel(Lowered):
             calls = spare.pop()  # nobody else's meanwhile
         except IndexError:
             calls = (Projection * len(modules))()
-        found = []
+        found: list[Tensor] = []
         for call, module in zip(calls, modules, strict=True):
             kernel = module.kernel if found else self
             if type(kernel) is not LinearKernel or not self._like(kernel):
                 return None
-            select: Magnitude = module._modules["select"]  # type: ignore[assignment]
-            keep, share = kernel._keep(select)
-            if keep is None:
+            ready = kernel._ready(module)
+            if ready is None:
                 return None
+            call.to, call.keep, call.threshold, share = ready
             if share >= kernel.cuts[tokens]:
                 if len(modules) > 1:
                     return None
-                return [self._dense(module, select, x.reshape(tokens, -1)).view(x.shape[:-1] + (-1,))]
-            call.to = made = kernel._struct(module, select)
-            threshold = select.threshold if keep == THRESHOLD else 0.0
-            if not made or isinstance(threshold, Tensor):
+                return [self._dense(module, x.reshape(tokens, -1)).view(*x.shape[:-1], -1)]
+            if not call.to:
                 return None
             y = x.new_empty((*leading, kernel.outputs))
-            call.y, call.keep, call.threshold = y.data_ptr(), keep, threshold
+            call.y = y.data_ptr()
             found.append(y)
         x = x if x.is_contiguous() else x.contiguous()
         checked(self.run(calls, len(modules), x.data_ptr(), tokens, build.threads()))
@@ -143,9 +157,9 @@ class LinearKernel(Lowered):
     def _like(self, other: LinearKernel) -> bool:
         return (self.inputs, self.dtype, self.int8) == (other.inputs, other.dtype, other.int8)
 
-    def _dense(self, module: RoutedLinear, select: Magnitude, rows: Tensor) -> Tensor:
+    def _dense(self, module: RoutedLinear, rows: Tensor) -> Tensor:
         """rows (T, in) -> (T, out): dead inputs count as zero."""
-        tokens, inputs = rows.shape
+        (tokens, inputs), select = rows.shape, module.select
         live = None
         pairs = tokens * inputs
         rows = select.centred(rows)
@@ -198,23 +212,59 @@ class LinearKernel(Lowered):
         return tokens if tokens <= FEW else 0, tuple(x.shape[:-1])
 
     def forget(self) -> None:
-        self._made, self._turned, self._spare = UNMADE, (None, 0, 1.0), {}
+        self._made, self._seen, self._spare = UNMADE, None, {}
 
-    def _keep(self, select: Magnitude) -> tuple[int | None, float]:
-        """How many inputs are live, or THRESHOLD, and their share; None where others decide."""
-        if "live" in select.__dict__ or "scores" in select.__dict__:
-            return None, 1.0  # watched while it trains (runtime/training.py)
-        state = (select.active, select.k_exact, select.selector)
-        if self._turned[0] != state:
-            rule = select.selector
-            if type(rule) not in (TopK, Threshold):
-                return None, 1.0
-            keep, share = self.inputs, 1.0
-            if not select.all_live:
-                keep = THRESHOLD if rule.mean else int(select.budget)
-                share = min(select.budget / self.inputs, 0.999)
-            self._turned = (state, keep, share)
-        return self._turned[1:]
+    def _ready(self, module: RoutedLinear) -> Ready | None:
+        """What a call hands to C, from the last one while nothing has changed; None for eager.
+
+        While a token is decoded, everything that is looked at here was last looked at before all
+        other weights came through the caches: tensors are compared by identity, and their place is
+        asked only of parameters, whose data can be replaced. Every turn of the dial drops ``_cut``.
+        """
+        select: Magnitude = module._modules["select"]  # type: ignore[assignment]
+        own = select.__dict__
+        if "live" in own or "scores" in own:
+            return None  # watched while it trains (runtime/training.py)
+        seen = self._seen
+        if seen is not None:
+            cut, columns, place, offset, offset_place, bias, bias_place, scale, centre, found = seen
+            now, its = module._parameters, own["_buffers"]
+            if (
+                own["_cut"] is cut
+                and now["columns"] is columns
+                and columns.data_ptr() == place
+                and now.get("offset") is offset
+                and (offset is None or offset.data_ptr() == offset_place)
+                and now.get("bias") is bias
+                and (bias is None or bias.data_ptr() == bias_place)
+                and its["scale"] is scale
+                and its["centre"] is centre
+            ):
+                return found
+        return self._look(module, select)
+
+    def _look(self, module: RoutedLinear, select: Magnitude) -> Ready | None:
+        """The same anew."""
+        rule, threshold, self._seen = select.selector, 0.0, None
+        if type(rule) not in (TopK, Threshold):
+            return None
+        keep, share = self.inputs, 1.0
+        cut = select.threshold if rule.mean else None
+        if not select.all_live:
+            keep = THRESHOLD if rule.mean else int(select.budget)
+            share = min(select.budget / self.inputs, 0.999)
+            if isinstance(cut, Tensor):  # one per unit
+                return None
+            threshold = 0.0 if cut is None else cut
+        found = (self._struct(module, select), keep, threshold, share)
+        scale, whole = select.scale, not self.int8
+        if isinstance(cut, float) and whole and scale is not None and scale.dtype is torch.float32:
+            columns, offset, bias = module.columns, module.offset, module.bias
+            self._seen = _Seen(
+                cut, columns, columns.data_ptr(), offset, address(offset),
+                bias, address(bias), scale, select.centre, found,
+            )  # fmt: skip
+        return found
 
     def _struct(self, module: RoutedLinear, select: Magnitude) -> int:
         """The address of the module's struct; 0 where C cannot read its tensors."""

@@ -101,7 +101,7 @@ def test_the_kernel_runs_below_the_cut_and_dense_above() -> None:
     kernel.cuts = (math.inf, *(0.7,) * FEW)
     ran: list[Tensor] = []
     dense = kernel._dense
-    kernel._dense = lambda *given: ran.append(given[2]) or dense(*given)
+    kernel._dense = lambda *given: ran.append(given[1]) or dense(*given)
     x = torch.randn(1, 24)
     for active, times in ((0.5, 0), (0.75, 1), (1.0, 2), (0.25, 2)):
         module.select.set_active(active)
