@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.runtime.dispatch import watched
 from sparsify.runtime.spec import RoutedModule
 
 _LINEAR = torch.ops.aten.linear.default
@@ -41,10 +40,13 @@ def several(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
 
 
 def together(modules: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
-    """What each of ``modules``, of one class, makes of ``x``; in one call where kernels can."""
-    first = modules[0].kernel
-    joint = getattr(first, "together", None)
-    if joint is not None and all(m.dispatch == "auto" and not watched(x, m) for m in modules):
+    """What each of ``modules``, of one class, makes of ``x``; in one call where kernels can.
+
+    For inference: autograd and autocast are not asked for (a graph that is printed never runs
+    under them).
+    """
+    joint = getattr(modules[0].kernel, "together", None)
+    if joint is not None and all(module.dispatch == "auto" for module in modules):
         found: Sequence[Tensor] | None = joint(modules, x)
         if found is not None:
             return found

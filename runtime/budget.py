@@ -90,6 +90,12 @@ class Budgeted(RoutedModule):
         self.company = 1.0
         self.drift = 0.0
         self._cut: float | Tensor | None = None
+        self.turns = 0  # of the dial, the rule or the tables: whatever was read off them is as old
+
+    def changed(self) -> None:
+        """Drop what was read off the tables; kernels look at ``turns``."""
+        self._cut = None
+        self.turns += 1
 
     # -- what a subclass defines
 
@@ -112,7 +118,7 @@ class Budgeted(RoutedModule):
     @rule.setter
     def rule(self, rule: Rule | RoutingRule) -> None:
         self.selector = rule_of(rule)
-        self._cut = None
+        self.changed()
 
     def keys(self, scores: Tensor) -> Tensor:
         """scores (..., R) -> (..., R): what the rule ranks or cuts."""
@@ -183,7 +189,7 @@ class Budgeted(RoutedModule):
             warnings.warn(over_budget(active, [("router", self)]), stacklevel=2)
         self.active = float(active)
         self.k_exact = k_exact
-        self._cut = None
+        self.changed()
 
     @property
     def setting(self) -> tuple[float, int | None, float]:
@@ -218,7 +224,7 @@ class Budgeted(RoutedModule):
             part = (at - low).float().view(-1, *[1] * (pooled.dim() - 1))
             self.quantiles = torch.lerp(pooled[low].float(), pooled[high].float(), part)
         self.settled = self.settled_alone = None
-        self._cut = None
+        self.changed()
 
     def settle(self, scores: Tensor, *, alone: bool = False) -> None:
         """Make the present budget hold on ``scores`` (..., R), seen in the sparse model.
@@ -241,7 +247,7 @@ class Budgeted(RoutedModule):
         rows = [row for row in rows if abs(row[0] - self.active) > 1e-3]
         rows = sorted([*rows, [self.active, shift]])
         setattr(self, name, torch.tensor(rows, device=self.quantiles.device))
-        self._cut = None
+        self.changed()
 
     def _shift(self) -> float:
         """What settling adds to the threshold at the present budget."""
@@ -289,7 +295,7 @@ class Budgeted(RoutedModule):
             if before is not None and after.dtype != before.dtype:
                 # ``model.half()`` must not round thresholds: neighbouring budgets would coincide.
                 setattr(self, name, before.to(after.device))
-        self._cut = None
+        self.changed()
         return self
 
     def budget_options(self) -> dict[str, Any]:
@@ -328,7 +334,7 @@ class Budgeted(RoutedModule):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._cut = None
+        self.changed()
 
 
 def error_table(losses: Tensor, scale: float = 1.0) -> Tensor:

@@ -42,6 +42,15 @@ class Counter:
         self.rows_dense += tokens * units
         self.units_live += live
 
+    def computed(self, tokens: int, units: int, live: int) -> None:
+        """The same, where exactly the live pairs were multiplied."""
+        pairs = tokens * units
+        self.tokens += tokens
+        self.units_total += pairs
+        self.rows_dense += pairs
+        self.units_live += live
+        self.rows += live
+
     @property
     def live_fraction(self) -> float:
         """Live share of all token-unit pairs seen; NaN before the first token."""

@@ -76,14 +76,11 @@ def function(graph: fx.Graph, module: nn.Module, calls: Calls | None = None) -> 
     return run
 
 
-def unusual(module: Any) -> bool:
-    """Whether a call does more than to run ``forward``: hooks."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or _hooks._global_forward_hooks
-        or _hooks._global_forward_pre_hooks
-    )
+def unusual(*modules: Any) -> bool:
+    """Whether a call of one does more than to run ``forward``: hooks."""
+    if _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks:
+        return True
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
 def text_of(graph: fx.Graph, calls: Calls) -> tuple[str, dict[str, Any]]:
@@ -147,11 +144,10 @@ class _Printer:
         paths, x = node.args
         modules = [self._module(path) for path in paths]  # type: ignore[union-attr, arg-type]
         listed = f"({''.join(f'{module}, ' for module in modules)})"
-        hooked = " or ".join(f"unusual({module})" for module in modules)
         single = ", ".join(f"{module}({self._of(x)})" for module in modules)
         called = self._object(together)
         self._lines += [
-            f"if {hooked}: {name} = [{single}]",
+            f"if unusual({', '.join(modules)}): {name} = [{single}]",
             f"else: {name} = {called}({listed}, {self._of(x)})",
         ]
 

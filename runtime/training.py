@@ -133,7 +133,7 @@ class Thresholds:
             vars(router).pop("select", None)
             vars(router).pop("live", None)
             router.drift = 0.0
-            router._cut = None
+            router.changed()
 
     def _selecting(self, index: int, router: Router) -> Callable[..., Selection]:
         usual = router.select
@@ -170,7 +170,7 @@ class Thresholds:
     def _put(self, index: int, router: Budgeted) -> None:
         if router.drift != float(self.shifts[index]):
             router.drift = float(self.shifts[index])
-            router._cut = None
+            router.changed()
 
 
 def resettle(model: nn.Module, run: Callable[[], Any]) -> None:

@@ -112,7 +112,7 @@ class FfnKernel(Lowered):
 
     def forget(self) -> None:
         self._entry = self.few  # or whole
-        self._key: tuple[Any, ...] = ()
+        self._key: tuple[int | None, ...] = ()
         self._base: Arguments | None = None
         self._kept: list[Tensor] = []  # what the pointers of _base point to
         self._direct: list[Tensor] = []  # the module's tensors that are read where they lie,
@@ -249,7 +249,12 @@ class FfnKernel(Lowered):
         A decoded token passes through here for every layer: looking up the dial's properties anew
         took longer than the kernel.
         """
-        key = self._key_of(module, router, everything)
+        own, its = module._parameters, router._parameters
+        inside = module._modules.get("inside")
+        key: tuple[int | None, ...] = (
+            everything, router.turns, inside.turns if isinstance(inside, LiveNeurons) else None,
+            *map(id, map(own.get, _OWN)), id(its["weight"]), id(its["bias"]),
+        )  # fmt: skip
         if key == self._key:
             direct, copied = self._direct, self._copied
             if [t.data_ptr() for t in direct] == self._places and (
@@ -257,7 +262,6 @@ class FfnKernel(Lowered):
             ):
                 return self._base
         self._base, self._spare, self._direct, self._copied = None, {}, [], []
-        own = module._parameters
         packed = [t for t in map(own.get, ("up", "gate", "down")) if t is not None]
         if usable(packed, [self.dtype] * len(packed)):
             self._everything = router.all_live if everything is None else everything
@@ -265,21 +269,8 @@ class FfnKernel(Lowered):
         self._places = [t.data_ptr() for t in self._direct]
         self._versions = [version(t) for t in self._copied]
         self._fuses = fuses(router)
-        self._key = self._key_of(module, router, everything)  # reading may have set the thresholds
+        self._key = key
         return self._base
-
-    @staticmethod
-    def _key_of(module: RoutedFFN, router: Router, everything: bool | None) -> tuple[Any, ...]:
-        own, its, cut = module._parameters, router._parameters, router._cut
-        key: tuple[Any, ...] = (
-            everything, router.active, router.k_exact, router.selector,
-            id(cut) if isinstance(cut, Tensor) else cut,
-            *map(id, map(own.get, _OWN)), id(its["weight"]), id(its["bias"]),
-        )  # fmt: skip
-        inside = module._modules.get("inside")
-        if isinstance(inside, LiveNeurons):
-            key += (inside.setting, id(inside.selector), id(inside._cut))
-        return key
 
     def _read(self, module: RoutedFFN, router: Router) -> tuple[Arguments | None, list[Tensor]]:
         args, kept = Arguments(), list[Tensor]()

@@ -43,6 +43,8 @@ from sparsify.runtime.rules_cut import Threshold
 
 THRESHOLD = -1  # in place of a count; as in rows.c
 Ready = tuple[int, int, float, float]  # the struct's address, keep, the threshold, the live share
+# A shape, how many tokens that is and in which dimensions; 0 tokens to decline
+Sized = tuple[torch.Size | None, int, tuple[int, ...]]
 
 
 class Routed(ctypes.Structure):
@@ -66,15 +68,15 @@ class Projection(ctypes.Structure):
 
 
 class _Seen(NamedTuple):
-    """The cut and the tensors of the last call, and what it was given."""
+    """The dial and the tensors of the last call, and what it was given."""
 
-    cut: float
+    turns: int
     columns: Tensor
     place: int
     offset: Tensor | None
-    offset_place: int
+    offset_at: int
     bias: Tensor | None
-    bias_place: int
+    bias_at: int
     scale: Tensor
     centre: Tensor | None
     found: Ready
@@ -94,6 +96,7 @@ class LinearKernel(Lowered):
         if type(rule) not in (TopK, Threshold):
             raise Refused(f"CPU kernels of projections select by threshold or top-k, not {rule}")
         self.inputs, self.outputs = module.columns.shape
+        self.kind = (self.inputs, self.dtype, int8)  # what can be run in one call
         self.run = function("rows", "routed_linears", self.dtype, "plpli", int8=int8)
         name = str(self.dtype).removeprefix("torch.")
         self.key = f"linear-{self.inputs}x{self.outputs}-{name}"
@@ -102,8 +105,7 @@ class LinearKernel(Lowered):
         self._made: Made = UNMADE
         self._seen: _Seen | None = None
         self._spare: dict[int, list[Any]] = {}  # arrays of C calls, by their number
-        self._shape: Any = None  # of the last input, and what follows from it
-        self._sizes: tuple[int, tuple[int, ...]] = (0, ())
+        self._sized: Sized = (None, 0, ())  # of the last input
 
     def __call__(self, module: RoutedLinear, x: Tensor) -> Tensor | None:
         found = self.together((module,), x)
@@ -117,9 +119,10 @@ class LinearKernel(Lowered):
         """
         if not plain(x, self.dtype):
             return None
-        if x.shape != self._shape:
-            self._shape, self._sizes = x.shape, self._sizes_of(x)
-        tokens, leading = self._sizes
+        sized = self._sized
+        if x.shape != sized[0]:
+            sized = self._sized = self._sizes_of(x)
+        _, tokens, leading = sized
         if not tokens:
             return None
         spare = self._spare.setdefault(len(modules), [])
@@ -130,7 +133,7 @@ class LinearKernel(Lowered):
         found: list[Tensor] = []
         for call, module in zip(calls, modules, strict=True):
             kernel = module.kernel if found else self
-            if type(kernel) is not LinearKernel or not self._like(kernel):
+            if type(kernel) is not LinearKernel or kernel.kind != self.kind:
                 return None
             ready = kernel._ready(module)
             if ready is None:
@@ -148,14 +151,9 @@ class LinearKernel(Lowered):
         x = x if x.is_contiguous() else x.contiguous()
         checked(self.run(calls, len(modules), x.data_ptr(), tokens, build.threads()))
         for call, module in zip(calls, modules, strict=True):
-            counter, pairs = module.counter, call.pairs
-            counter.seen(tokens, self.inputs, pairs)
-            counter.rows += pairs
+            module.counter.computed(tokens, self.inputs, call.pairs)
         spare.append(calls)
         return found
-
-    def _like(self, other: LinearKernel) -> bool:
-        return (self.inputs, self.dtype, self.int8) == (other.inputs, other.dtype, other.int8)
 
     def _dense(self, module: RoutedLinear, rows: Tensor) -> Tensor:
         """rows (T, in) -> (T, out): dead inputs count as zero."""
@@ -204,12 +202,11 @@ class LinearKernel(Lowered):
 
         return run
 
-    def _sizes_of(self, x: Tensor) -> tuple[int, tuple[int, ...]]:
-        """How many tokens ``x`` holds, and in which dimensions; 0 tokens to decline."""
+    def _sizes_of(self, x: Tensor) -> Sized:
         if not x.dim() or x.size(-1) != self.inputs:
-            return 0, ()
+            return x.shape, 0, ()
         tokens = x.numel() // self.inputs
-        return tokens if tokens <= FEW else 0, tuple(x.shape[:-1])
+        return x.shape, tokens if tokens <= FEW else 0, tuple(x.shape[:-1])
 
     def forget(self) -> None:
         self._made, self._seen, self._spare = UNMADE, None, {}
@@ -219,7 +216,7 @@ class LinearKernel(Lowered):
 
         While a token is decoded, everything that is looked at here was last looked at before all
         other weights came through the caches: tensors are compared by identity, and their place is
-        asked only of parameters, whose data can be replaced. Every turn of the dial drops ``_cut``.
+        asked only of parameters, whose data can be replaced.
         """
         select: Magnitude = module._modules["select"]  # type: ignore[assignment]
         own = select.__dict__
@@ -227,16 +224,16 @@ class LinearKernel(Lowered):
             return None  # watched while it trains (runtime/training.py)
         seen = self._seen
         if seen is not None:
-            cut, columns, place, offset, offset_place, bias, bias_place, scale, centre, found = seen
+            turns, columns, place, offset, offset_at, bias, bias_at, scale, centre, found = seen
             now, its = module._parameters, own["_buffers"]
             if (
-                own["_cut"] is cut
+                own["turns"] == turns
                 and now["columns"] is columns
                 and columns.data_ptr() == place
                 and now.get("offset") is offset
-                and (offset is None or offset.data_ptr() == offset_place)
+                and (offset is None or offset.data_ptr() == offset_at)
                 and now.get("bias") is bias
-                and (bias is None or bias.data_ptr() == bias_place)
+                and (bias is None or bias.data_ptr() == bias_at)
                 and its["scale"] is scale
                 and its["centre"] is centre
             ):
@@ -249,19 +246,19 @@ class LinearKernel(Lowered):
         if type(rule) not in (TopK, Threshold):
             return None
         keep, share = self.inputs, 1.0
-        cut = select.threshold if rule.mean else None
         if not select.all_live:
             keep = THRESHOLD if rule.mean else int(select.budget)
             share = min(select.budget / self.inputs, 0.999)
+            cut = select.threshold if rule.mean else 0.0
             if isinstance(cut, Tensor):  # one per unit
                 return None
-            threshold = 0.0 if cut is None else cut
+            threshold = cut
         found = (self._struct(module, select), keep, threshold, share)
-        scale, whole = select.scale, not self.int8
-        if isinstance(cut, float) and whole and scale is not None and scale.dtype is torch.float32:
+        scale = select.scale
+        if not self.int8 and scale is not None and scale.dtype is torch.float32:  # no copies
             columns, offset, bias = module.columns, module.offset, module.bias
             self._seen = _Seen(
-                cut, columns, columns.data_ptr(), offset, address(offset),
+                select.turns, columns, columns.data_ptr(), offset, address(offset),
                 bias, address(bias), scale, select.centre, found,
             )  # fmt: skip
         return found

@@ -381,6 +381,20 @@ def test_the_budget_may_be_turned() -> None:
         agree(made, torch.randn(5, 24), "few")
 
 
+def test_a_turn_of_the_dial_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layer(experts=8, size=4, width=16, rule="threshold")
+    kernel = FfnKernel(module, choose=always("few"))
+    reads: list[int] = []
+    read = kernel._read
+    monkeypatch.setattr(kernel, "_read", lambda *given: reads.append(1) or read(*given))
+    for active in (0.5, 0.25, 1.0):
+        module.router.set_active(active)
+        reads.clear()
+        for _ in range(3):  # the threshold is computed in the first, which changed what is compared
+            assert kernel(module, torch.randn(1, 16)) is not None
+        assert reads == [1], active
+
+
 def test_training_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "SECONDS", 0.0)
     made = layer().requires_grad_()

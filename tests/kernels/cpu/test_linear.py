@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from sparsify.codegen.cpu.linear import LinearKernel, quantised
 from sparsify.codegen.cpu.lower import kernel_of
 from sparsify.codegen.machine import machine
 from sparsify.core import Refused
+from sparsify.runtime.beside import together
 from sparsify.runtime.heads import RoutedColumns, RoutedRows
 from sparsify.runtime.hidden import HiddenColumns, unmixed
 from sparsify.runtime.inputs import Magnitude, RoutedLinear
@@ -314,6 +316,66 @@ def test_weights_that_move_or_change() -> None:
         kernel, module.kernel = module.kernel, None
         torch.testing.assert_close(mine, module(x), rtol=1e-5, atol=1e-4)
         module.kernel = kernel
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("rule", ["threshold", "top-k"])
+def test_together_is_one_by_one(rule: str, tokens: int) -> None:
+    """Wide enough for several threads; outputs of one projection are no multiple of a vector."""
+    sizes = ((300, 0.5), (33, 0.25), (512, 1.0), (7, 0.75))
+    modules = [projection(200, out, rule=rule, active=active) for out, active in sizes]
+    modules[1].bias = None
+    x = torch.randn(1, tokens, 200)
+    for module in modules:
+        module.kernel = kernel_of(module)
+    alone = [module(x) for module in modules]
+    counted = [copy.copy(module.counter) for module in modules]
+    for module in modules:
+        module.counter.reset()
+    found = together(modules, x)
+    assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+    assert [module.counter for module in modules] == counted
+
+
+def test_what_cannot_go_together_goes_alone() -> None:
+    first, second, third = (projection(24, 10) for _ in range(3))
+    x = torch.randn(1, 24)
+    expected = [module(x) for module in (first, second, third)]
+    joint = first.kernel = kernel_of(first)
+    second.kernel, third.kernel = kernel_of(second), kernel_of(third)
+    assert joint.together((first, second, third), x) is not None
+    third.dispatch = "grouped"  # no kernel runs it
+    found = together((first, second, third), x)
+    third.dispatch, third.kernel = "auto", None
+    assert joint.together((first, third), x) is None
+    third.kernel = kernel_of(third, int8=True)
+    assert joint.together((first, third), x) is None
+    third.kernel = kernel_of(third)
+    third.kernel.cuts = (math.inf, *(0.1,) * 8)  # dense is faster
+    assert joint.together((first, third), x) is None
+    for mine, eager in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, eager)
+
+
+def test_one_tensor_of_a_module_may_be_replaced() -> None:
+    module = projection(24, 10)
+    x = torch.randn(1, 24)
+    both(module, x)
+    module.kernel = kernel_of(module)
+    changes = {
+        "columns": lambda: setattr(module.columns, "data", torch.randn(24, 10)),
+        "offset": lambda: setattr(module.offset, "data", torch.randn(10)),
+        "bias": lambda: setattr(module.bias, "data", torch.randn(10)),
+        "centre": lambda: setattr(module.select, "centre", torch.randn(24)),
+        "scale": lambda: setattr(module.select, "scale", torch.rand(24)),
+        "dial": lambda: module.select.set_active(0.25),
+    }
+    for what, change in changes.items():
+        module(x)
+        change()
+        mine, module.dispatch = module(x), "grouped"
+        torch.testing.assert_close(mine, module(x), msg=what)
+        module.dispatch = "auto"
 
 
 def test_copies_and_files() -> None:

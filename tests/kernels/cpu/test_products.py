@@ -48,6 +48,20 @@ def test_product_is_linear(outputs: int, inputs: int, dtype: torch.dtype) -> Non
             agree(product(x, weight, bias), x, weight, bias)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_several_are_one_by_one(tokens: int) -> None:
+    """The second weight has no C product beyond 2 tokens: then each goes its own way."""
+    torch.manual_seed(tokens)
+    product = Products({(300, 130, torch.float32): 8, (65, 130, torch.float32): 2})
+    weights = [torch.randn(300, 130), torch.randn(65, 130), torch.randn(300, 130)]
+    biases = [torch.randn(300), None, None]
+    x = torch.randn(1, tokens, 130)
+    found = product.several(x, weights, biases)
+    for mine, weight, bias in zip(found, weights, biases, strict=True):
+        assert torch.equal(mine, product(x, weight, bias))
+        agree(mine, x, weight, bias)
+
+
 def test_what_c_cannot_read_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     product = Products({(5, 6, torch.float32): 4})

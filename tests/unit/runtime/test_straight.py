@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from sparsify import zoo
 from sparsify.capture import Capture, capture
 from sparsify.runtime.calling import CausalCall
 from sparsify.runtime.model import SparseModel
-from sparsify.runtime.straight_text import DIRECT, unusual
+from sparsify.runtime.straight_text import DIRECT, function, unusual
 from tests.unit.runtime.small import routed
 
 _CAPTURED: dict[str, Capture] = {}
@@ -149,6 +150,41 @@ def test_hooks_are_called_and_kernels_asked_once() -> None:
     assert seen == [path]
     hook.remove()
     assert not unusual(module)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults")
+def test_calls_of_the_function_map_no_memory() -> None:
+    """However deep the caller is: CPython's frames live in chunks, one of which ends somewhere."""
+    import resource
+
+    graph = torch.fx.Graph()
+    node = graph.placeholder("x")
+    for _ in range(150):
+        node = graph.call_function(_through, (node,))
+    graph.output((node,))
+    run = function(graph, nn.Module())
+    most = 0
+
+    def at_depth(depth: int) -> None:
+        nonlocal most
+        if depth:
+            return at_depth(depth - 1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run(1)
+        most = max(most, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return None
+
+    for depth in range(150):
+        at_depth(depth)
+    assert most < 100  # a fault for every call where frames do not fit
+
+
+def _through(x: int) -> int:
+    return _inner(x)
+
+
+def _inner(x: int) -> int:
+    return x
 
 
 def test_gradients_traces_and_fakes_take_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
