@@ -46,7 +46,7 @@ def together(modules: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
     under them).
     """
     joint = getattr(modules[0].kernel, "together", None)
-    if joint is not None and all(module.dispatch == "auto" for module in modules):
+    if joint is not None:
         found: Sequence[Tensor] | None = joint(modules, x)
         if found is not None:
             return found

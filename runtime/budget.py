@@ -289,7 +289,7 @@ class Budgeted(RoutedModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         tables = {name: getattr(self, name) for name in (*TABLES, "correction")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, before in tables.items():
             after = getattr(self, name)
             if before is not None and after.dtype != before.dtype:

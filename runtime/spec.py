@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import BadCheckpoint, PassClash, did_you_mean
+from sparsify.runtime.changes import Noticed
 from sparsify.runtime.cost import Cost
 from sparsify.runtime.counters import Counter
 from sparsify.runtime.dispatch import watched
@@ -33,7 +34,7 @@ Dispatch = Literal["auto", "grouped", "masked"]
 Kernel = Callable[..., Any]
 
 
-class RoutedModule(nn.Module):
+class RoutedModule(Noticed):
     """Base of every routed module.
 
     Attributes:

@@ -80,7 +80,11 @@ def unusual(*modules: Any) -> bool:
     """Whether a call of one does more than to run ``forward``: hooks."""
     if _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks:
         return True
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return True
+    return False
 
 
 def text_of(graph: fx.Graph, calls: Calls) -> tuple[str, dict[str, Any]]:

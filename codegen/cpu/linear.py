@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,15 +35,14 @@ from sparsify.codegen.cpu.call import (
     usable,
     version,
 )
+from sparsify.codegen.cpu.projections import Group, Projection
 from sparsify.core import Refused
+from sparsify.runtime.changes import Changes
 from sparsify.runtime.inputs import Magnitude, RoutedLinear
 from sparsify.runtime.rules import TopK
 from sparsify.runtime.rules_cut import Threshold
 
 THRESHOLD = -1  # in place of a count; as in rows.c
-Ready = tuple[int, int, float, float]  # the struct's address, keep, the threshold, the live share
-# A shape, how many tokens that is and in which dimensions; 0 tokens to decline
-Sized = tuple[torch.Size | None, int, tuple[int, ...]]
 
 
 class Routed(ctypes.Structure):
@@ -55,31 +53,6 @@ class Routed(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in "row_scale places".split()),
         *((name, ctypes.c_int64) for name in "rows out units".split()),
     ]
-
-
-class Projection(ctypes.Structure):
-    """``projection`` of rows.c: one of those that read the same x."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("to", "y")),
-        *((name, ctypes.c_int64) for name in ("keep", "pairs")),
-        ("threshold", ctypes.c_float),
-    ]
-
-
-class _Seen(NamedTuple):
-    """The dial and the tensors of the last call, and what it was given."""
-
-    turns: int
-    columns: Tensor
-    place: int
-    offset: Tensor | None
-    offset_at: int
-    bias: Tensor | None
-    bias_at: int
-    scale: Tensor
-    centre: Tensor | None
-    found: Ready
 
 
 class LinearKernel(Lowered):
@@ -103,9 +76,7 @@ class LinearKernel(Lowered):
         self.dense = not int8  # another result: nothing to choose
         self.cuts: Cuts = NEVER
         self._made: Made = UNMADE
-        self._seen: _Seen | None = None
-        self._spare: dict[int, list[Any]] = {}  # arrays of C calls, by their number
-        self._sized: Sized = (None, 0, ())  # of the last input
+        self.forget()
 
     def __call__(self, module: RoutedLinear, x: Tensor) -> Tensor | None:
         found = self.together((module,), x)
@@ -119,41 +90,53 @@ class LinearKernel(Lowered):
         """
         if not plain(x, self.dtype):
             return None
-        sized = self._sized
-        if x.shape != sized[0]:
-            sized = self._sized = self._sizes_of(x)
-        _, tokens, leading = sized
-        if not tokens:
+        group = self._groups.get(len(modules))
+        if group is None or not group.holds(modules, x.shape):
+            group = self._grouped(modules, x)
+            if group is None:
+                return None
+            self._groups[len(modules)] = group
+        if group.dense:
+            return [self._dense(modules[0], x.reshape(group.tokens, -1)).view(group.shapes[0])]
+        x = x if x.is_contiguous() else x.contiguous()
+        calls, found = group.call(), [x.new_empty(shape) for shape in group.shapes]
+        for call, y in zip(calls, found, strict=True):
+            call.y = y.data_ptr()
+        tokens = group.tokens
+        checked(self.run(calls, len(found), x.data_ptr(), tokens, build.threads()))
+        for call, counter in zip(calls, group.counters, strict=True):
+            counter.computed(tokens, self.inputs, call.pairs)
+        group.spare.append(calls)
+        return found
+
+    def _grouped(self, modules: Sequence[RoutedLinear], x: Tensor) -> Group | None:
+        """What calls with such an x hand to C; None where not all of them can go there."""
+        if not x.dim() or x.size(-1) != self.inputs:
             return None
-        spare = self._spare.setdefault(len(modules), [])
-        try:
-            calls = spare.pop()  # nobody else's meanwhile
-        except IndexError:
-            calls = (Projection * len(modules))()
-        found: list[Tensor] = []
+        tokens, leading = x.numel() // self.inputs, tuple(x.shape[:-1])
+        if not 0 < tokens <= FEW:
+            return None
+        changes = Changes.count  # not what it is afterwards: others may have counted meanwhile
+        calls, dense = (Projection * len(modules))(), False
+        shapes: list[tuple[int, ...]] = []
+        copies: list[tuple[Tensor, int]] = []
         for call, module in zip(calls, modules, strict=True):
-            kernel = module.kernel if found else self
+            kernel = module.kernel if shapes else self
             if type(kernel) is not LinearKernel or kernel.kind != self.kind:
                 return None
-            ready = kernel._ready(module)
+            alone = len(modules) == 1  # then whoever calls has looked at dispatch
+            ready = kernel._ready(module) if alone or module.dispatch == "auto" else None
             if ready is None:
                 return None
             call.to, call.keep, call.threshold, share = ready
-            if share >= kernel.cuts[tokens]:
-                if len(modules) > 1:
-                    return None
-                return [self._dense(module, x.reshape(tokens, -1)).view(*x.shape[:-1], -1)]
-            if not call.to:
+            dense = share >= kernel.cuts[tokens]
+            if (dense and not alone) or not (dense or call.to):
                 return None
-            y = x.new_empty((*leading, kernel.outputs))
-            call.y = y.data_ptr()
-            found.append(y)
-        x = x if x.is_contiguous() else x.contiguous()
-        checked(self.run(calls, len(modules), x.data_ptr(), tokens, build.threads()))
-        for call, module in zip(calls, modules, strict=True):
-            module.counter.computed(tokens, self.inputs, call.pairs)
-        spare.append(calls)
-        return found
+            shapes.append((*leading, kernel.outputs))
+            copies += [(t, version(t)) for t in self._copied(module)]
+        return Group(
+            changes, tuple(modules), x.shape, tokens, tuple(shapes), tuple(copies), dense, calls
+        )
 
     def _dense(self, module: RoutedLinear, rows: Tensor) -> Tensor:
         """rows (T, in) -> (T, out): dead inputs count as zero."""
@@ -202,82 +185,39 @@ class LinearKernel(Lowered):
 
         return run
 
-    def _sizes_of(self, x: Tensor) -> Sized:
-        if not x.dim() or x.size(-1) != self.inputs:
-            return x.shape, 0, ()
-        tokens = x.numel() // self.inputs
-        return x.shape, tokens if tokens <= FEW else 0, tuple(x.shape[:-1])
-
     def forget(self) -> None:
-        self._made, self._seen, self._spare = UNMADE, None, {}
+        self._made = UNMADE
+        self._groups: dict[int, Group] = {}  # the last one of so many modules
 
-    def _ready(self, module: RoutedLinear) -> Ready | None:
-        """What a call hands to C, from the last one while nothing has changed; None for eager.
-
-        While a token is decoded, everything that is looked at here was last looked at before all
-        other weights came through the caches: tensors are compared by identity, and their place is
-        asked only of parameters, whose data can be replaced.
-        """
-        select: Magnitude = module._modules["select"]  # type: ignore[assignment]
-        own = select.__dict__
+    def _ready(self, module: RoutedLinear) -> tuple[int, int, float, float] | None:
+        """The struct's address, keep, the threshold, and the live share; None for eager."""
+        select = module.select
+        own, rule = select.__dict__, select.selector
         if "live" in own or "scores" in own:
             return None  # watched while it trains (runtime/training.py)
-        seen = self._seen
-        if seen is not None:
-            turns, columns, place, offset, offset_at, bias, bias_at, scale, centre, found = seen
-            now, its = module._parameters, own["_buffers"]
-            if (
-                own["turns"] == turns
-                and now["columns"] is columns
-                and columns.data_ptr() == place
-                and now.get("offset") is offset
-                and (offset is None or offset.data_ptr() == offset_at)
-                and now.get("bias") is bias
-                and (bias is None or bias.data_ptr() == bias_at)
-                and its["scale"] is scale
-                and its["centre"] is centre
-            ):
-                return found
-        return self._look(module, select)
-
-    def _look(self, module: RoutedLinear, select: Magnitude) -> Ready | None:
-        """The same anew."""
-        rule, threshold, self._seen = select.selector, 0.0, None
         if type(rule) not in (TopK, Threshold):
             return None
-        keep, share = self.inputs, 1.0
-        if not select.all_live:
-            keep = THRESHOLD if rule.mean else int(select.budget)
-            share = min(select.budget / self.inputs, 0.999)
-            cut = select.threshold if rule.mean else 0.0
-            if isinstance(cut, Tensor):  # one per unit
-                return None
-            threshold = cut
-        found = (self._struct(module, select), keep, threshold, share)
-        scale = select.scale
-        if not self.int8 and scale is not None and scale.dtype is torch.float32:  # no copies
-            columns, offset, bias = module.columns, module.offset, module.bias
-            self._seen = _Seen(
-                select.turns, columns, columns.data_ptr(), offset, address(offset),
-                bias, address(bias), scale, select.centre, found,
-            )  # fmt: skip
-        return found
+        made = self._struct(module, select)
+        if select.all_live:
+            return made, self.inputs, 0.0, 1.0
+        share = min(select.budget / self.inputs, 0.999)
+        if not rule.mean:
+            return made, int(select.budget), 0.0, share
+        cut = select.threshold
+        return None if isinstance(cut, Tensor) else (made, THRESHOLD, cut, share)
 
     def _struct(self, module: RoutedLinear, select: Magnitude) -> int:
         """The address of the module's struct; 0 where C cannot read its tensors."""
         parameters, buffers = module._parameters, select._buffers  # not through __getattr__
         columns, scale = parameters["columns"], buffers["scale"]
         bias, offset, centre = parameters.get("bias"), parameters.get("offset"), buffers["centre"]
-        copied = 0
-        if self.int8 or (scale is not None and scale.dtype is not torch.float32):
-            copied = self._copied(columns, scale)
         now = (
             0 if columns is None else columns.data_ptr(),
             0 if offset is None else offset.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if scale is None else scale.data_ptr(),
             0 if centre is None else centre.data_ptr(),
-            copied,
+            *map(version, self._copied(module)),
         )
         have, made, _ = self._made
         if have == now:
@@ -296,12 +236,11 @@ class LinearKernel(Lowered):
         self._made = (now, made, kept)
         return made
 
-    def _copied(self, columns: Tensor | None, scale: Tensor | None) -> int:
-        """Changes with the values of what the struct holds copies of."""
-        found = version(columns) if self.int8 and columns is not None else 0
-        if scale is not None and scale.dtype is not torch.float32:
-            found += version(scale) << 32
-        return found
+    def _copied(self, module: RoutedLinear) -> list[Tensor]:
+        """What C reads copies of."""
+        scale = module.select.scale
+        narrow = [] if scale is None or scale.dtype is torch.float32 else [scale]
+        return [module.columns, *narrow] if self.int8 else narrow
 
 
 def quantised(columns: Tensor) -> tuple[Tensor, Tensor]:
