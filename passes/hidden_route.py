@@ -8,8 +8,9 @@ inside the experts: of the live experts' neurons, a token reads those rows of th
 that matter. Unlike the papers, one
 threshold per projection comes from error tables on one scale for the whole model (what a budget
 costs relative to the residual stream), so that layers and roles which can spare more do; thresholds
-settle on what the sparse layers before really send; and a dead input counts as its mean over the
-calibration text, not as zero (a constant, so it costs nothing).
+settle on what the sparse layers before really send; and a dead input counts as what it usually is
+on the calibration text, not as zero (a constant, so it costs nothing): GELU's neurons, most of the
+time, are all near the same small negative value.
 
 At initialization, every feature live, the sum runs over the same products: REORDERED. Without
 calibration data each token takes the same number of features (top-k).
@@ -52,7 +53,7 @@ class HiddenRoute(Pass[Projection]):
         "auto = threshold if calibrated, else top-k",
         among=("auto", "threshold", "top-k"),
     )
-    compensate: bool = option(True, "dead features count as their mean, not as zero")
+    compensate: bool = option(True, "dead features count as what they usually are, not as zero")
 
     def check(self, projection: Projection) -> None:
         if projection.linear.weight.shape[1] < 2:
@@ -108,6 +109,7 @@ class HiddenRoute(Pass[Projection]):
         return None
 
     def _select(self, projection: Projection) -> Magnitude:
+        from sparsify.passes._usual import usual
         from sparsify.passes._ridge import relative_losses
         from sparsify.runtime.inputs import Magnitude
 
@@ -118,7 +120,7 @@ class HiddenRoute(Pass[Projection]):
         x = projection.samples.get("x")
         if x is None:
             return Magnitude(scale, rule="top-k", unit_cost=cost)
-        centre = x.mean(0) if self.compensate else None
+        centre = usual(x, scale) if self.compensate else None
         rule: Rule = "top-k" if self.router == "top-k" else "threshold"
         select = Magnitude(scale, centre, rule=rule, unit_cost=cost)
         x = select.centred(x)
