@@ -45,9 +45,7 @@ def own_tokens(module: RoutedFFN, x: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, torch.cat([live.new_ones(router.shared), live])
 
 
-def losses(
-    module: RoutedFFN, x: Tensor | None, group: int
-) -> tuple[Tensor, Tensor | None]:
+def losses(module: RoutedFFN, x: Tensor | None, group: int) -> tuple[Tensor, Tensor | None]:
     """What each expert loses at each of WIDTHS.
 
     Args:
@@ -88,9 +86,7 @@ def _coded(
     return coded(up, counts), None if gate is None else coded(gate, counts), coded(down, None)
 
 
-def _outputs(
-    module: RoutedFFN, x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor
-) -> Tensor:
+def _outputs(module: RoutedFFN, x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor) -> Tensor:
     """x (N, n, D), each expert on its tokens -> (N, n, D)."""
     sums = []
     for weight, bias in ((up, module.up_bias), (gate, module.gate_bias)):

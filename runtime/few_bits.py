@@ -8,7 +8,7 @@ experts not at all. Memory and the bytes that a token reads shrink; the arithmet
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,7 +87,8 @@ class FewBitsFFN(RoutedFFN):
                 size = len(members) * packed_bytes(rows * width, depth)
                 parts.append(torch.zeros(size, dtype=torch.uint8, device=weight.device))
         self.register_parameter(f"{role}_codes", nn.Parameter(torch.cat(parts), False))
-        self.register_parameter(f"{role}_scales", nn.Parameter(scales, False))
+        # as bits: no cast of the model to another dtype rounds them, and nobody trains them
+        self.register_parameter(f"{role}_scales", nn.Parameter(scales.view(torch.int16), False))
 
     @classmethod
     def of(
@@ -110,7 +111,7 @@ class FewBitsFFN(RoutedFFN):
 
     def weights(self, role: str, start: int = 0, size: int | None = None) -> Tensor:
         """Experts ``start`` to ``start + size`` of ``up``, ``gate`` or ``down``: (size, m, D)."""
-        scales: Tensor = getattr(self, f"{role}_scales").detach()
+        scales: Tensor = getattr(self, f"{role}_scales").detach().view(torch.float16)
         packed: Tensor = getattr(self, f"{role}_codes").detach()
         end = self.experts if size is None else start + size
         count = self.hidden * self.width
@@ -165,6 +166,11 @@ class FewBitsFFN(RoutedFFN):
     def _can_pick(self, x: Tensor) -> bool:
         return False  # it reads rows where they lie
 
+    @property
+    def _anchor(self) -> Tensor:
+        codes: Tensor = self.up_codes
+        return codes
+
     def _pieces(self, work: Plan) -> list[Iterable[Tensor | None]]:
         def live(role: str) -> Iterator[Tensor | None]:
             return (self.weights(role, s.start, s.size) if s.count else None for s in work.segments)
@@ -178,16 +184,6 @@ class FewBitsFFN(RoutedFFN):
     @property
     def hosts(self) -> tuple[str, ...]:
         return ()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {n: p for n, p in self._parameters.items() if n.endswith("_scales")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, scales in before.items():
-            now = self._parameters[name]
-            if scales is not None and now is not None and now.dtype != scales.dtype:
-                # they are part of the storage: another dtype would round them, or make them larger
-                self._parameters[name] = nn.Parameter(scales.detach().to(now.device), False)
-        return self
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "bits": list(self.bits), "group": self.group}

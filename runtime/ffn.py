@@ -215,7 +215,7 @@ class RoutedFFN(RoutedModule):
             total.total = self._modulated(total.value(), select)
             for left, right in self._stand_ins(work.mask, scores):
                 total.add(None, left, right)
-        return join_graph(total.value(), x, self.up).to(x.dtype)
+        return join_graph(total.value(), x, self._anchor).to(x.dtype)
 
     def _masked(self, x: Tensor, select: Tensor, scores: Tensor | None) -> Tensor:
         """Every expert on every token, dead pairs times zero: nothing is skipped, for training."""
@@ -257,6 +257,11 @@ class RoutedFFN(RoutedModule):
         if thin is not None:
             few = x.device.type == "cpu" and x.dtype not in HALF and not watched(x, self)
             thin.add(runs, total, few=few)
+
+    @property
+    def _anchor(self) -> Tensor:
+        """What the result hangs on, for ``backward``, where no expert was live."""
+        return self.up
 
     def _pieces(self, work: Plan) -> list[Iterable[Tensor | None]]:
         """Down, up and gate weights, up and gate biases: of each one piece per segment."""
