@@ -109,8 +109,8 @@ class HiddenRoute(Pass[Projection]):
         return None
 
     def _select(self, projection: Projection) -> Magnitude:
-        from sparsify.passes._usual import usual
         from sparsify.passes._ridge import relative_losses
+        from sparsify.passes._usual import usual
         from sparsify.runtime.inputs import Magnitude
 
         weight = projection.linear.weight.detach().float()

@@ -54,7 +54,7 @@ class FewBitsFFN(RoutedFFN):
         filled: bool = True,
         **options: Any,
     ) -> None:
-        up, gate, down, *biases = tensors
+        up, gate, down, *_ = tensors
         assert up is not None and down is not None
         experts, _, width = up.shape
         if len(bits) != experts or any(b not in WIDTHS for b in bits):

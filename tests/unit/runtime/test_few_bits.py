@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,7 +74,7 @@ def test_every_bit_is_worth_about_a_factor_of_four() -> None:
     errors = [
         float((weights_of(*quantised(w, b, 64), w.dtype) - w).square().mean()) for b in WIDTHS
     ]
-    assert all(2.5 < a / b < 7 for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert all(2.5 < a / b < 7 for a, b in itertools.pairwise(errors)), errors
 
 
 def test_clipping_heeds_what_counts() -> None:
