@@ -58,7 +58,8 @@ def _codes(parts: Tensor, scale: Tensor, most: int) -> Tensor:
 def weights_of(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """codes (..., D) and scales (..., D / group) -> weights (..., D)."""
     parts = codes.unflatten(-1, (scales.shape[-1], -1))
-    return (parts * scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
+    found: Tensor = (parts * scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
+    return found
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -72,7 +73,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     eights = torch.nn.functional.pad(wide, (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
     # 8 codes of 8 bits fill the sign bit of a word, too: shifted out again, bytes are as they were
     words = (eights << (bits * torch.arange(8, device=codes.device))).sum(2, keepdim=True)
-    found = (words >> (8 * torch.arange(bits, device=codes.device))) & 255
+    found: Tensor = (words >> (8 * torch.arange(bits, device=codes.device))) & 255
     return found.to(torch.uint8).flatten(1)
 
 
@@ -82,5 +83,5 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return (packed[:, :count].to(torch.int16) - top_code(8)).to(torch.int8)
     parts = packed.unflatten(1, (-1, bits)).to(torch.int64)
     words = (parts << (8 * torch.arange(bits, device=packed.device))).sum(2, keepdim=True)
-    codes = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
+    codes: Tensor = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
     return (codes.flatten(1)[:, :count] - top_code(bits)).to(torch.int8)
