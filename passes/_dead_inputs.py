@@ -68,7 +68,7 @@ def cut_losses(
         shares of dead inputs from zero to one.
     """
     want, ordered = run(x), scores.flatten().sort().values
-    found = [want.new_zeros(())]
+    found = [scores.new_zeros(())]
     for share in range(1, CUTS):
         last = ordered[round(share / (CUTS - 1) * (len(ordered) - 1))]
         lost = (run(torch.where(scores > last, x, centre)) - want).float().square()
