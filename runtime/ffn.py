@@ -8,7 +8,7 @@ in another order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -215,7 +215,7 @@ class RoutedFFN(RoutedModule):
             total.total = self._modulated(total.value(), select)
             for left, right in self._stand_ins(work.mask, scores):
                 total.add(None, left, right)
-        return join_graph(total.value(), x, self.up).to(x.dtype)
+        return join_graph(total.value(), x, self._anchor).to(x.dtype)
 
     def _masked(self, x: Tensor, select: Tensor, scores: Tensor | None) -> Tensor:
         """Every expert on every token, dead pairs times zero: nothing is skipped, for training."""
@@ -240,10 +240,9 @@ class RoutedFFN(RoutedModule):
 
     def _by_expert(self, x: Tensor, work: Plan, select: Tensor | None, total: Sum) -> None:
         weights = [None] * len(work.segments) if select is None else work.pairs(select)
-        packed = (self.down, self.up, self.gate, self.up_bias, self.gate_bias)
-        blocks = [work.split(p) for p in packed]
         thin, runs = self._thin, list[Run]()
-        for segment, weight, down, *first in zip(work.segments, weights, *blocks, strict=True):
+        pieces = self._pieces(work)
+        for segment, weight, down, *first in zip(work.segments, weights, *pieces, strict=True):
             if not segment.count:
                 continue
             assert down is not None
@@ -258,6 +257,16 @@ class RoutedFFN(RoutedModule):
         if thin is not None:
             few = x.device.type == "cpu" and x.dtype not in HALF and not watched(x, self)
             thin.add(runs, total, few=few)
+
+    @property
+    def _anchor(self) -> Tensor:
+        """What the result hangs on, for ``backward``, where no expert was live."""
+        return self.up
+
+    def _pieces(self, work: Plan) -> list[Iterable[Tensor | None]]:
+        """Down, up and gate weights, up and gate biases: of each one piece per segment."""
+        packed = (self.down, self.up, self.gate, self.up_bias, self.gate_bias)
+        return [work.split(p) for p in packed]
 
     def _can_pick(self, x: Tensor) -> bool:
         """Whether :meth:`_picked` applies: few tokens, on CPU, and nothing watches."""

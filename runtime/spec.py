@@ -120,6 +120,7 @@ _OURS: dict[str, str] = {
     "RoutedLinear": "sparsify.runtime.inputs",
     "RoutedFFN": "sparsify.runtime.ffn",
     "CompressedFFN": "sparsify.runtime.compressed",
+    "FewBitsFFN": "sparsify.runtime.few_bits",
     "LiveNeurons": "sparsify.runtime.inside",
     "ConditionedFFN": "sparsify.runtime.conditioned",
     "ModalityFFN": "sparsify.runtime.modality",

@@ -60,7 +60,7 @@ def find(gm: fx.GraphModule, example: tuple[Any, ...]) -> Matches:
     _number(matches.all_regions)
     for region in regions:
         for part in region.parts:
-            part.parent, part.block = region.path, region.block
+            part.parent, part.block, part.within = region.path, region.block, region
     _tell_peers(matches)
     return matches
 

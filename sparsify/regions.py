@@ -137,6 +137,7 @@ class Projection(Region):
     ``time_major``: rows run over (T, B) inside the region, not (B, T). ``beside``: all projections
     of the larger region that read the same ``x``, this one included. ``peers``: the projections
     with its role in all blocks of the run, in order, this one included; empty outside such a run.
+    ``within``: the larger region.
     """
 
     kind: ClassVar[str] = "Projection"
@@ -146,6 +147,7 @@ class Projection(Region):
     time_major: bool = dataclasses.field(kw_only=True, default=False)
     beside: tuple[LinearWeight, ...] = dataclasses.field(kw_only=True, default=(), repr=False)
     peers: tuple[Projection, ...] = dataclasses.field(kw_only=True, default=(), repr=False)
+    within: Region | None = dataclasses.field(kw_only=True, default=None, repr=False, compare=False)
 
     @property
     def length(self) -> int:

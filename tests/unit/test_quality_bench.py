@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("transformers")
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
-SCRIPTS = ("common", "text", "choices", "embeddings")
+SCRIPTS = ("common", "text", "choices", "embeddings", "bits")
 SMALL = ["--quick", "--active", "1,0.5"]
 
 
@@ -69,3 +69,17 @@ def test_embeddings(script: Callable[[str], Any], tmp_path: Path) -> None:
     )  # fmt: skip
     (found,) = tables(out)
     assert found["rows"][1]["cosine"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_bits(script: Callable[[str], Any], tmp_path: Path) -> None:
+    out = tmp_path / "b.json"
+    script("bits").main(
+        ["--quick", "--tokens", "512", "--fitting", "512", "--bits", "8,2.5", "--output", str(out)]
+    )
+    (found,) = tables(out)
+    rows = {(row["bits"], row["active"]): row for row in found["rows"]}
+    assert len(rows) == 2 * (1 + 2 * 2)
+    assert rows["16 as they are", 1.0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert 0 < rows["8 allotted", 1.0]["kl"] < rows["2.5 allotted", 1.0]["kl"]
+    assert rows["2.5 allotted", 1.0]["stored"] < rows["3 even", 1.0]["stored"]
+    assert rows["8 allotted", 0.5]["kl"] > rows["8 allotted", 1.0]["kl"]
