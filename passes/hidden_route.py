@@ -1,15 +1,16 @@
 """hidden-route: let every token read only the input features of a projection that matter for it.
 
-Input j of ``y = W x`` contributes ``x_j W[:, j]``; where ``|x_j| * ||W[:, j]||`` is small it is
-left out and its weight column is not read (TEAL, arXiv:2408.14690, scores by ``|x_j|`` alone; WINA,
-arXiv:2505.19427, by the product). No router is needed and nothing is trained. It works on every
-projection of attention and feed-forward layers: q, k, v, o, gate, up, down. After ffn-moe it works
-inside the experts: of the live experts' neurons, a token reads those rows of the down projection
-that matter. Unlike the papers, one
-threshold per projection comes from error tables on one scale for the whole model (what a budget
-costs relative to the residual stream), so that layers and roles which can spare more do; thresholds
-settle on what the sparse layers before really send; and a dead input counts as its mean over the
-calibration text, not as zero (a constant, so it costs nothing).
+Input j of ``y = W x`` contributes ``x_j W[:, j]``; where that matters little it is left out and its
+weight column is not read. TEAL (arXiv:2408.14690) scores by ``|x_j|`` alone, WINA (arXiv:2505.19427)
+by ``|x_j| * ||W[:, j]||``; here ``W[:, j]`` is measured by how far it moves what the model says
+(:mod:`sparsify.sensitivity`: the root mean square of its product with the gradient). No router is
+needed and nothing is trained. It works on every projection of attention and feed-forward layers: q,
+k, v, o, gate, up, down. After ffn-moe it works inside the experts: of the live experts' neurons, a
+token reads those rows of the down projection that matter. Unlike in the papers, all features of
+all projections are priced on one scale (squared scores add up to what the prediction moves, to
+second order), so that layers and roles which can spare more do; thresholds settle on what the
+sparse layers before really send; and a dead input counts as its mean over the calibration text, not
+as zero (a constant, so it costs nothing).
 
 At initialization, every feature live, the sum runs over the same products: REORDERED. Without
 calibration data each token takes the same number of features (top-k).
@@ -44,9 +45,11 @@ class HiddenRoute(Pass[Projection]):
     works_inside: ClassVar[bool] = True
     active: float = option(1.0, "fraction of input features that a token uses", gt=0, le=1)
     score: str = option(
-        "wina", "wina = |x_j| times the norm of its weight column, teal = |x_j|",
-        among=("wina", "teal"),
-    )  # fmt: skip
+        "slope",
+        "|x_j| times: slope = how far it moves the prediction (calibrated; else wina), wina = the "
+        "norm of its weight column, teal = 1",
+        among=("slope", "wina", "teal"),
+    )
     router: str = option(
         "auto",
         "auto = threshold if calibrated, else top-k",
@@ -72,6 +75,8 @@ class HiddenRoute(Pass[Projection]):
         wanted = {"x": TOKENS}
         if "stream" in region.ports and not region.time_major:  # rows in one order
             wanted |= dict.fromkeys(("y.energy", "result.energy", "stream.energy"), TOKENS)
+        if self.score == "slope":
+            wanted["x.slope"] = 1
         return wanted
 
     def rewrite(self, projection: Projection) -> Rewrite:
@@ -113,7 +118,11 @@ class HiddenRoute(Pass[Projection]):
 
         weight = projection.linear.weight.detach().float()
         norms = weight.norm(dim=0)
-        scale = norms if self.score == "wina" else norms.new_ones(len(norms))
+        slope = projection.samples.get("x.slope") if self.score == "slope" else None
+        if slope is not None:
+            scale = slope[0].sqrt()
+        else:
+            scale = norms.new_ones(len(norms)) if self.score == "teal" else norms
         cost = float(weight.shape[0])
         x = projection.samples.get("x")
         if x is None:
@@ -122,6 +131,9 @@ class HiddenRoute(Pass[Projection]):
         rule: Rule = "top-k" if self.router == "top-k" else "threshold"
         select = Magnitude(scale, centre, rule=rule, unit_cost=cost)
         x = select.centred(x)
+        if slope is not None:
+            select.calibrate(x, select.scores(x).square())
+            return select
         energy = (x.float() * norms).square()
         if projection.ports["y"] is not projection.ports["result"]:
             # an error of y changes the larger region's result in proportion, to first order
