@@ -40,6 +40,30 @@ def fit_router(x: Tensor, energy: Tensor, *, ridge: float = RIDGE) -> tuple[Tens
     return weight.T.contiguous(), mean_t - mean_x @ weight
 
 
+def dead_centre(x: Tensor, scale: Tensor, dead: float = 0.5, steps: int = 3) -> Tensor:
+    """What dead features are on average, where those near it die.
+
+    The mean of all values is drawn away by the large ones, which are live. On SmolLM2's hidden
+    neurons at 35 % live, zero leaves less of an error than the mean, and this a sixth less.
+
+    Args:
+        x: (T, D); scale: (D,) what a feature's distance from the centre counts for.
+        dead: share of all values that die, the lowest scores; steps: of the fixed point.
+
+    Returns:
+        (D,), in the dtype of x.
+    """
+    values = x.float()
+    centre = values.mean(0)
+    for _ in range(steps):
+        away = values - centre
+        scores = away.abs() * scale
+        cut = scores.flatten().kthvalue(max(int(dead * scores.numel()), 1)).values
+        dying = scores <= cut
+        centre = centre + (away * dying).sum(0) / dying.sum(0).clamp_min(1)
+    return centre.to(x.dtype)
+
+
 def relative_losses(energy: Tensor, samples: Mapping[str, Tensor]) -> Tensor | None:
     """What dead units cost, on one scale for all layers: relative to the stream they add to.
 

@@ -1,16 +1,16 @@
 """hidden-route: let every token read only the input features of a projection that matter for it.
 
 Input j of ``y = W x`` contributes ``x_j W[:, j]``; where that matters little it is left out and its
-weight column is not read. TEAL (arXiv:2408.14690) scores by ``|x_j|`` alone, WINA (arXiv:2505.19427)
-by ``|x_j| * ||W[:, j]||``; here ``W[:, j]`` is measured by how far it moves what the model says
-(:mod:`sparsify.sensitivity`: the root mean square of its product with the gradient). No router is
-needed and nothing is trained. It works on every projection of attention and feed-forward layers: q,
-k, v, o, gate, up, down. After ffn-moe it works inside the experts: of the live experts' neurons, a
-token reads those rows of the down projection that matter. Unlike in the papers, all features of
-all projections are priced on one scale (squared scores add up to what the prediction moves, to
-second order), so that layers and roles which can spare more do; thresholds settle on what the
-sparse layers before really send; and a dead input counts as its mean over the calibration text, not
-as zero (a constant, so it costs nothing).
+weight column is not read. TEAL (arXiv:2408.14690) scores by ``|x_j|`` alone, and WINA
+(arXiv:2505.19427) by ``|x_j| * ||W[:, j]||``; here the column is measured by how far it moves what
+the model says (:mod:`sparsify.sensitivity`: the root mean square of its product with the gradient).
+No router is needed and nothing is trained. It works on every projection of attention and
+feed-forward layers: q, k, v, o, gate, up, down. After ffn-moe it works inside the experts: of the
+live experts' neurons, a token reads those rows of the down projection that matter. Unlike in the
+papers, all features of all projections are priced on one scale (squared scores add up to what the
+prediction moves, to second order), so that layers and roles which can spare more do; thresholds
+settle on what the sparse layers before really send; and a dead input counts as the mean of dead
+inputs over the calibration text, not as zero (a constant, so it costs nothing).
 
 At initialization, every feature live, the sum runs over the same products: REORDERED. Without
 calibration data each token takes the same number of features (top-k).
@@ -55,7 +55,7 @@ class HiddenRoute(Pass[Projection]):
         "auto = threshold if calibrated, else top-k",
         among=("auto", "threshold", "top-k"),
     )
-    compensate: bool = option(True, "dead features count as their mean, not as zero")
+    compensate: bool = option(True, "dead features count as what they are on average, not as zero")
 
     def check(self, projection: Projection) -> None:
         if projection.linear.weight.shape[1] < 2:
@@ -86,7 +86,8 @@ class HiddenRoute(Pass[Projection]):
         linear = projection.linear
         select = self._select(projection)
         fitted = "calibrated" if "x" in projection.samples else "uncalibrated"
-        note = f"{projection.role}: {select.routed} inputs, {self.score} score, "
+        score = self.score if self.score != "slope" or "x.slope" in projection.samples else "wina"
+        note = f"{projection.role}: {select.routed} inputs, {score} score, "
         note += f"{select.rule} ({fitted})"
         if projection.host is not None:
             from sparsify.runtime.ffn import RoutedFFN
@@ -113,7 +114,7 @@ class HiddenRoute(Pass[Projection]):
         return None
 
     def _select(self, projection: Projection) -> Magnitude:
-        from sparsify.passes._ridge import relative_losses
+        from sparsify.passes._ridge import dead_centre, relative_losses
         from sparsify.runtime.inputs import Magnitude
 
         weight = projection.linear.weight.detach().float()
@@ -127,7 +128,7 @@ class HiddenRoute(Pass[Projection]):
         x = projection.samples.get("x")
         if x is None:
             return Magnitude(scale, rule="top-k", unit_cost=cost)
-        centre = x.mean(0) if self.compensate else None
+        centre = dead_centre(x, scale) if self.compensate else None
         rule: Rule = "top-k" if self.router == "top-k" else "threshold"
         select = Magnitude(scale, centre, rule=rule, unit_cost=cost)
         x = select.centred(x)

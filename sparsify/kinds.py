@@ -2,9 +2,9 @@
 
 Python's own docstrings; the READMEs and licences of installed packages; the language reference,
 which the interactive help reads; and the standard library's code without its docstrings and
-comments; *mixed* is all of them. Each is split by module (package, topic) into a calibration half and a held-out half that
-share no paragraph, so that nothing is measured on what it was fitted on; a module's docstrings and
-its code are in the same half.
+comments; *mixed* is all of them. Each is split by module (package, topic) into a calibration half
+and a held-out half that share no paragraph, so that nothing is measured on what it was fitted on; a
+module's docstrings and its code are in the same half.
 """
 
 from __future__ import annotations

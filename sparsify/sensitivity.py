@@ -69,7 +69,7 @@ class Sensitivity:
         self.seen += first.shape[0] * (first.shape[1] if first.dim() > 2 else 1)
 
     def of(self, region: Region) -> Tensor | None:
-        """(1, in) float32: the mean square slope by each input feature; None where nothing moves."""
+        """(1, in) float32: mean square slopes by input features; None where nothing moves."""
         found = self._sums.get(id(region))
         return None if found is None else (found / max(self.seen, 1)).unsqueeze(0)
 

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("transformers")
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
-SCRIPTS = ("common", "text", "choices", "embeddings")
+SCRIPTS = ("common", "text", "choices", "embeddings", "recipes")
 SMALL = ["--quick", "--active", "1,0.5"]
 
 
@@ -69,3 +69,19 @@ def test_embeddings(script: Callable[[str], Any], tmp_path: Path) -> None:
     )  # fmt: skip
     (found,) = tables(out)
     assert found["rows"][1]["cosine"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_recipes(script: Callable[[str], Any], tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    script("recipes").main(
+        [*SMALL, "--tokens", "512", "--fitted", "reference", "--kinds", "code", "--layers", "1",
+         "--pipelines", "hidden-route", "--output", str(out)]
+    )  # fmt: skip
+    measured, *layers = tables(out)
+    assert measured["measured"] == "code"
+    assert len(layers) == 7  # projections of a layer
+    for table in layers:
+        mean = table["dead inputs at their mean"]
+        dead = table["dead inputs at the mean of dead ones"]
+        assert 0 < dead < 1
+        assert dead < 1.1 * mean
