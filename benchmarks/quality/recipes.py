@@ -4,9 +4,9 @@
 
 Writes benchmarks/results/recipes.json. First, pipelines end to end: each is compiled on text of
 ``--fitted`` and measured on held-out text of ``--kinds``, with TEAL at as many counted operations
-beside it. Then ways that no pass offers (most were tried and left), judged layer by layer: the squared
-error of a projection's result that they leave, over the variance of that result, on tokens that
-they were not fitted on, at a fixed share of live inputs. RECIPES.md says what came of each.
+beside it. Then ways that no pass offers (most were tried and left), judged layer by layer: the
+squared error of a projection's result that they leave, over the variance of that result, on tokens
+that they were not fitted on, at a fixed share of live inputs. RECIPES.md says what came of each.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def test_dead_features_count_as_dead_ones_do() -> None:
     x = 1 + 0.1 * torch.randn(400, 3, generator=g)
     x[:40] += 20
     found = dead_centre(x, torch.ones(3))
-    torch.testing.assert_close(found, torch.ones(3), atol=0.03, rtol=0)
+    torch.testing.assert_close(found, torch.ones(3), atol=0.1, rtol=0)
     assert (x.mean(0) > 2).all()
     same = torch.zeros(4, 3)
     assert torch.equal(dead_centre(same, torch.ones(3)), torch.zeros(3))
