@@ -55,7 +55,7 @@ class Sensitivity:
             first = _first(result)
             aim = self._likelihood(first, mask) if self.tokens else self._direction(first)
             values = [runner.values[node] for node in self._nodes]
-            slopes = torch.autograd.grad(aim, values, allow_unused=True)
+            slopes: Sequence[Tensor | None] = torch.autograd.grad(aim, values, allow_unused=True)
         found = dict(zip(self._nodes, slopes, strict=True))
         for region in self.regions:
             slope = found[region.ports["y"]]
