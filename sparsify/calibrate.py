@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from sparsify.regions import Region
+from sparsify.sensitivity import Sensitivity
 
 Progress = Callable[[str, int, int], None]
+SLOPE = ".slope"  # a port's suffix: not rows of tokens, but what Sensitivity says of its features
 
 
 @dataclasses.dataclass
@@ -87,6 +89,7 @@ def collect(
     seed: int = 0,
     progress: Progress | None = None,
     total: int = 0,
+    predicts: bool = False,
 ) -> int:
     """Fill ``region.samples`` for every region in ``wants``.
 
@@ -98,6 +101,7 @@ def collect(
         seed: of the reservoir.
         progress: called with ("calibrate", batches done, total).
         total: how many batches will come, for the progress display.
+        predicts: the graph's first result is logits of tokens.
 
     Returns:
         Tokens seen.
@@ -109,12 +113,18 @@ def collect(
     for region, ports in wants:
         pools[id(region)] = _Reservoir(max(ports.values()), torch.Generator().manual_seed(seed))
         for port in ports:
+            if port.endswith(SLOPE):
+                continue
             taps.setdefault(region.ports[port.removesuffix(".energy")], []).append((region, port))
+    asked = [region for region, ports in wants if any(port.endswith(SLOPE) for port in ports)]
+    slopes = Sensitivity(gm, asked, seed) if asked and predicts else None
     order = {node: at for at, node in enumerate(gm.graph.nodes)}
     last = max(taps, key=lambda n: order[n])
     tokens = 0
     for done, (inputs, mask) in enumerate(batches):
         values = run_until(gm, inputs, last, taps)
+        if slopes is not None:
+            slopes.add(inputs, mask)
         plans: dict[int, tuple[Tensor, Tensor]] = {}
         for node, users in taps.items():
             rows = _rows(values[node], mask)
@@ -132,6 +142,9 @@ def collect(
         pool = pools[id(region)]
         filled = min(pool.seen, pool.size)
         region.samples = {port: rows[:filled] for port, rows in pool.rows.items()}
+        moved = None if slopes is None else slopes.of(region)
+        if moved is not None:
+            region.samples[f"x{SLOPE}"] = moved
     return tokens
 
 

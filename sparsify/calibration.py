@@ -74,7 +74,10 @@ def calibrate(
         return Calibrated()
     name, batches, total, alike = _data(source, call, tokenizer, seed)
     keeper = _Keeper(call, alike)
-    tokens = collect(gm, wants, keeper.flat(batches), seed=seed, progress=progress, total=total)
+    tokens = collect(
+        gm, wants, keeper.flat(batches), seed=seed, progress=progress, total=total,
+        predicts=call.kind == "causal-lm",
+    )  # fmt: skip
     if not tokens:
         raise BadInput("there is no calibration data", help="a text, or batches of token ids")
     return Calibrated(name, tokens, keeper.settle())

@@ -289,7 +289,9 @@ class Pass(Generic[R]):
     def taps(self, region: R) -> Mapping[str, int]:
         """What to sample from calibration data: port name -> tokens wanted. Empty = nothing.
 
-        ``port.energy`` asks for the squared norm of the port's rows instead of the rows.
+        ``port.energy`` asks for the squared norm of the port's rows instead of the rows;
+        ``x.slope`` (of projections) for how far each feature of ``x`` moves the model's result
+        (:mod:`sparsify.sensitivity`), which takes gradients.
         """
         return {}
 

@@ -2,9 +2,9 @@
 
 Python's own docstrings; the READMEs and licences of installed packages; the language reference,
 which the interactive help reads; and the standard library's code without its docstrings and
-comments. Each is split by module (package, topic) into a calibration half and a held-out half that
-share no paragraph, so that nothing is measured on what it was fitted on; a module's docstrings and
-its code are in the same half.
+comments; *mixed* is all of them. Each is split by module (package, topic) into a calibration half
+and a held-out half that share no paragraph, so that nothing is measured on what it was fitted on; a
+module's docstrings and its code are in the same half.
 """
 
 from __future__ import annotations
@@ -47,11 +47,24 @@ def code(split: Split) -> tuple[str, ...]:
     return _code()[split]
 
 
+def mixed(split: Split) -> tuple[str, ...]:
+    """As much of each of the others: what is fitted on it suits no single kind of text best."""
+    found: list[str] = []
+    for kind in (python_docstrings, licences, reference, code):
+        size = 0
+        for text in kind(split):
+            if size < CHARACTERS // 4:
+                found.append(text)
+                size += len(text)
+    return tuple(found)
+
+
 KINDS: dict[str, Callable[[Split], tuple[str, ...]]] = {
     "docstrings": python_docstrings,
     "licences": licences,
     "reference": reference,
     "code": code,
+    "mixed": mixed,
 }
 
 _DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -59,8 +59,9 @@ class Region:
             the graph's integer inputs with one value per row of ``x``; ``tokens`` is the one that
             token embeddings are looked up with.
         samples: port name -> (tokens, width) calibration rows (``port.energy``: (tokens, 1) squared
-            norms of the port's rows), filled when the pass asked and
-            calibration data were given. Rows of all ports of a region belong to the same tokens.
+            norms of the port's rows; ``x.slope``: (1, in), see :mod:`sparsify.sensitivity`), filled
+            when the pass asked and calibration data were given. Rows of all ports of a region
+            belong to the same tokens.
         rewritten_by: the pass that already rewrote it, if any.
         blocked: why no pass can rewrite it any more, where a region that overlaps was rewritten.
         block: index of the repeated block it lies in, or None.

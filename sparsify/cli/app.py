@@ -46,7 +46,7 @@ CalibrationOption = Annotated[
     typer.Option(
         metavar="TEXT",
         help="Text that routers are fitted on: a file (text or JSONL), docstrings, licences, "
-        "reference or code.",
+        "reference, code or mixed.",
         show_default=False,
     ),
 ]

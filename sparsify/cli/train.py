@@ -23,8 +23,8 @@ def heal(
         str,
         typer.Option(
             metavar="TEXT",
-            help="Text to train on: a file (text or JSONL), docstrings, licences, reference or "
-            "code.",
+            help="Text to train on: a file (text or JSONL), docstrings, licences, reference, "
+            "code or mixed.",
             show_default=False,
         ),
     ],

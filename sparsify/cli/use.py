@@ -21,8 +21,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="Text to measure on: a file (text or JSONL), docstrings, licences, reference or "
-            "code. An encoder is measured on its sentences.",
+            help="Text to measure on: a file (text or JSONL), docstrings, licences, reference, "
+            "code or mixed. An encoder is measured on its sentences.",
             show_default=False,
         ),
     ] = None,

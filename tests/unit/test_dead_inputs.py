@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 import sparsify
-from sparsify.passes._dead_inputs import DEAD, cut_losses, usual
+from sparsify.passes._dead_inputs import cut_losses, usual
+from sparsify.passes.hidden_route import DEAD
 from sparsify.runtime.budget import ERROR_POINTS
 from sparsify.runtime.inputs import Magnitude
 from tests.contract.zoo_captures import captured, tokens_of
@@ -28,7 +29,7 @@ def test_where_values_pile_up() -> None:
     """GELU's neurons: the mean lies above nearly all of them."""
     x = gelu(draw(600, 40) - 1.0)
     scale = torch.ones(40)
-    found = usual(x, scale)
+    found = usual(x, scale, DEAD)
     assert (found < x.mean(0)).all()
     for dead in (0.5, DEAD, 0.8):
         assert lost(x, found, scale, dead) < 0.4 * lost(x, x.mean(0), scale, dead)
@@ -36,14 +37,14 @@ def test_where_values_pile_up() -> None:
 
 def test_symmetric_values_keep_their_mean() -> None:
     x = draw(2000, 16) * torch.linspace(0.5, 2, 16) + torch.linspace(-3, 3, 16)
-    found = usual(x, torch.ones(16))
+    found = usual(x, torch.ones(16), DEAD)
     assert (found - x.mean(0)).abs().max() < 0.25
-    assert (usual(x.bfloat16(), torch.ones(16)) - found).abs().max() < 0.05
+    assert (usual(x.bfloat16(), torch.ones(16), DEAD) - found).abs().max() < 0.05
 
 
 def test_few_values() -> None:
     x = draw(3, 5)
-    assert torch.equal(usual(x, torch.ones(5)), x.median(0).values)
+    assert torch.equal(usual(x, torch.ones(5), DEAD), x.median(0).values)
 
 
 def test_losses_of_a_cut_are_measured() -> None:

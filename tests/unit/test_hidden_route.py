@@ -8,6 +8,7 @@ from torch import Tensor
 
 import sparsify
 from sparsify.errors import BadInput
+from sparsify.passes._dead_inputs import usual
 from sparsify.passes.hidden_route import HiddenRoute
 from sparsify.regions import Projection
 from sparsify.runtime.inputs import FEW, Magnitude, RoutedLinear
@@ -155,3 +156,15 @@ def test_threshold_needs_calibration() -> None:
     )
     with pytest.raises(sparsify.Refused, match="calibration"):
         HiddenRoute(router="threshold").check(part)
+
+
+def test_dead_features_count_as_dead_ones_do() -> None:
+    """A feature that is mostly near 1 and sometimes far away: its centre is 1, not the mean."""
+    g = torch.Generator().manual_seed(0)
+    x = 1 + 0.1 * torch.randn(400, 3, generator=g)
+    x[:40] += 20
+    found = usual(x, torch.ones(3), 0.5)
+    torch.testing.assert_close(found, torch.ones(3), atol=0.1, rtol=0)
+    assert (x.mean(0) > 2).all()
+    same = torch.zeros(4, 3)
+    assert torch.equal(usual(same, torch.ones(3), 0.5), torch.zeros(3))

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("transformers")
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
-SCRIPTS = ("common", "text", "choices", "embeddings", "bits")
+SCRIPTS = ("common", "text", "choices", "embeddings", "bits", "recipes")
 SMALL = ["--quick", "--active", "1,0.5"]
 
 
@@ -83,3 +83,16 @@ def test_bits(script: Callable[[str], Any], tmp_path: Path) -> None:
     assert 0 < rows["8 allotted", 1.0]["kl"] < rows["2.5 allotted", 1.0]["kl"]
     assert rows["2.5 allotted", 1.0]["stored"] < rows["3 even", 1.0]["stored"]
     assert rows["8 allotted", 0.5]["kl"] > rows["8 allotted", 1.0]["kl"]
+
+
+def test_recipes(script: Callable[[str], Any], tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    script("recipes").main(
+        [*SMALL, "--tokens", "512", "--fitted", "reference", "--kinds", "code", "--layers", "1",
+         "--pipelines", "hidden-route", "--output", str(out)]
+    )  # fmt: skip
+    measured, *layers = tables(out)
+    assert measured["measured"] == "code"
+    assert len(layers) == 7  # projections of a layer
+    for table in layers:
+        assert 0 < table["dead inputs at the mean of dead ones"] < 1
