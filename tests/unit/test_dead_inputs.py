@@ -80,7 +80,11 @@ def test_layers_without_a_gate_are_measured(
     monkeypatch.setattr(_dead_inputs, "cut_losses", watched)
     cap = captured(zoo)
     model = sparsify.compile(
-        cap, "hidden-route", calibration=tokens_of(cap, zoo), reproducer=None, verify="end"
+        cap,
+        "hidden-route{score=wina}",
+        calibration=tokens_of(cap, zoo),
+        reproducer=None,
+        verify="end",
     )
     routers = {p: m for p, m in model.named_modules() if isinstance(m, Magnitude)}
     assert bool(seen) == measured, [p for p, r in routers.items() if r.errors is None]
