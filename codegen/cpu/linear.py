@@ -120,6 +120,7 @@ class LinearKernel(Lowered):
         calls, dense = (Projection * len(modules))(), False
         shapes: list[tuple[int, ...]] = []
         copies: list[tuple[Tensor, int]] = []
+        structs = []
         for call, module in zip(calls, modules, strict=True):
             kernel = module.kernel if shapes else self
             if type(kernel) is not LinearKernel or kernel.kind != self.kind:
@@ -134,9 +135,11 @@ class LinearKernel(Lowered):
                 return None
             shapes.append((*leading, kernel.outputs))
             copies += [(t, version(t)) for t in self._copied(module)]
+            structs.append(kernel._made)
         return Group(
-            changes, tuple(modules), x.shape, tokens, tuple(shapes), tuple(copies), dense, calls
-        )
+            changes, tuple(modules), x.shape, tokens, tuple(shapes), tuple(copies), dense, calls,
+            tuple(structs),
+        )  # fmt: skip
 
     def _dense(self, module: RoutedLinear, rows: Tensor) -> Tensor:
         """rows (T, in) -> (T, out): dead inputs count as zero."""

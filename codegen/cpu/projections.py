@@ -52,6 +52,7 @@ class Group:
     copies: tuple[tuple[Tensor, int], ...]
     dense: bool
     calls: Any
+    structs: tuple[Any, ...]  # which calls point to
     counters: tuple[Counter, ...] = ()
     spare: list[Any] = dataclasses.field(default_factory=list)
     places: tuple[tuple[dict[str, Any], str, Tensor, int], ...] = ()
