@@ -24,6 +24,11 @@ EACH = 128  # tokens per expert that its errors are estimated on
 HALF = 0.5  # the budget at which it is counted how often an expert is used
 
 
+def group_of(module: RoutedFFN, most: int) -> int:
+    """The largest group of neighbours, up to ``most``, that divides the layer's width."""
+    return max(n for n in range(1, min(most, module.width) + 1) if module.width % n == 0)
+
+
 def own_tokens(module: RoutedFFN, x: Tensor) -> tuple[Tensor, Tensor]:
     """For each expert tokens that use it, and how often tokens do.
 

@@ -59,7 +59,7 @@ class FfnBits(ffn_moe.FfnMoe):
             )
 
     def rewrite(self, ffn: FeedForward) -> Rewrite:
-        from sparsify.passes._bits import allotted, histogram, losses, worst_error
+        from sparsify.passes._bits import allotted, group_of, histogram, losses, worst_error
         from sparsify.runtime.few_bits import FewBitsFFN
 
         made = super().rewrite(ffn)
@@ -67,7 +67,7 @@ class FfnBits(ffn_moe.FfnMoe):
             return made
         splice = made.splices[0]
         module: RoutedFFN = splice.module  # type: ignore[assignment]
-        group = max(n for n in range(1, min(self.group, ffn.width) + 1) if ffn.width % n == 0)
+        group = group_of(module, self.group)
         found, importance = losses(module, ffn.samples.get("x"), group)
         even = (int(self.bits),) * module.experts
         bits = even if self.allot == "even" else allotted(found, self.bits)

@@ -260,9 +260,10 @@ class Budgeted(RoutedModule):
     @property
     def threshold(self) -> float | Tensor:
         """Keys above this are live under rules that cut: one number, or (R,) one per unit."""
-        if self._cut is None:
-            self._cut = self._read_threshold()
-        return self._cut
+        cut = self._cut
+        if cut is None:  # past __setattr__: what is only looked up is no change that counts
+            cut = self.__dict__["_cut"] = self._read_threshold()
+        return cut
 
     def _read_threshold(self) -> float | Tensor:
         share = self.budget / self.routed if self.routed else 1.0

@@ -25,7 +25,7 @@ from torch import nn
 import sparsify
 from sparsify.corpus import token_text
 from sparsify.evaluate import compare
-from sparsify.passes._bits import allotted, histogram, losses
+from sparsify.passes._bits import allotted, group_of, histogram, losses
 from sparsify.runtime.few_bits import FewBitsFFN
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.graph import attach
@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fitting = token_text(given.fitted, loaded.tokenizer, limit=given.fitting, seed=given.seed)
     seen = inputs_of(sparse, layers, list(fitting.batches))
     sparse.set_active(1.0)
-    lost = {path: losses(layer, seen[path], group_of(layer)) for path, layer in layers.items()}
+    lost = {
+        path: losses(layer, seen[path], group_of(layer, GROUP)) for path, layer in layers.items()
+    }
     for kind in given.kinds.split(","):
         text = token_text(
             kind, loaded.tokenizer, limit=given.tokens, seed=given.seed, split="held-out"
@@ -104,11 +106,6 @@ def row(
     }  # fmt: skip
 
 
-def group_of(layer: RoutedFFN) -> int:
-    """The largest group that divides the layer's width."""
-    return max(n for n in range(1, GROUP + 1) if layer.width % n == 0)
-
-
 def inputs_of(
     model: SparseModel, layers: Mapping[str, RoutedFFN], batches: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -141,7 +138,7 @@ def stored(
     """Inside, the experts are stored so; gives the bits of a weight, scales included."""
     made = []
     for path, layer in layers.items():
-        few = FewBitsFFN.of(layer, widths[path], group_of(layer), importance[path])
+        few = FewBitsFFN.of(layer, widths[path], group_of(layer, GROUP), importance[path])
         few.pass_name = layer.pass_name
         attach(model.graph, path, few)
         made.append(few)

@@ -75,7 +75,6 @@ class LinearKernel(Lowered):
         self.key = f"linear-{self.inputs}x{self.outputs}-{name}"
         self.dense = not int8  # another result: nothing to choose
         self.cuts: Cuts = NEVER
-        self._made: Made = UNMADE
         self.forget()
 
     def __call__(self, module: RoutedLinear, x: Tensor) -> Tensor | None:
@@ -176,7 +175,6 @@ class LinearKernel(Lowered):
                 module, select.centred(x), select.scores(select.centred(x)) > cut
             )
         made = self._struct(module, select)
-
         calls = (Projection * 1)()
 
         def run() -> Tensor:
@@ -189,7 +187,7 @@ class LinearKernel(Lowered):
         return run
 
     def forget(self) -> None:
-        self._made = UNMADE
+        self._made: Made = UNMADE
         self._groups: dict[int, Group] = {}  # the last one of so many modules
 
     def _ready(self, module: RoutedLinear) -> tuple[int, int, float, float] | None:

@@ -357,6 +357,26 @@ def test_what_cannot_go_together_goes_alone() -> None:
         torch.testing.assert_close(mine, eager)
 
 
+def test_a_turn_of_the_dial_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds are looked up one after the other in the first round: that is no change."""
+    modules = [projection(24, 10) for _ in range(3)]
+    made: list[int] = []
+    for module in modules:
+        module.kernel = kernel = kernel_of(module)
+        grouped = kernel._grouped
+        monkeypatch.setattr(
+            kernel, "_grouped", lambda *given, own=grouped: made.append(1) or own(*given)
+        )
+    for active in (0.5, 0.25, 1.0):
+        for module in modules:
+            module.select.set_active(active)
+        made.clear()
+        for _ in range(3):
+            for module in modules:
+                module(torch.randn(1, 24))
+        assert len(made) == len(modules), active
+
+
 def test_one_tensor_of_a_module_may_be_replaced() -> None:
     module = projection(24, 10)
     x = torch.randn(1, 24)
