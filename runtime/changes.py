@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,7 +28,8 @@ class Changes:
 
 
 class Noticed(nn.Module):
-    """A module whose changes count: attributes, parameters, buffers, submodules, moves."""
+    """A module whose changes count: attributes, parameters, buffers, submodules, moves, hooks that
+    are put in."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -36,6 +38,14 @@ class Noticed(nn.Module):
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
         Changes.count += 1
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        Changes.count += 1
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        Changes.count += 1
+        return super().register_forward_pre_hook(*args, **kwargs)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         super().register_buffer(name, tensor, persistent)

@@ -8,8 +8,9 @@ empty weights, which the checkpoint's tensors then fill. A third-party routed mo
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -28,9 +29,22 @@ Spec = dict[str, Any]
 Dispatch = Literal["auto", "grouped", "masked"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """What a kernel's ``bind`` gives (see :mod:`sparsify.runtime.bound`).
+
+    Attributes:
+        call: what is called with x: one module's result, several modules' results in a list.
+        copied: tensors whose values it holds copies of; others are read where they lie.
+    """
+
+    call: Callable[[Tensor], Any]
+    copied: Sequence[Tensor] = ()
+
+
 # A faster implementation of one routed module's forward (sparsify.codegen): called with the module
 # and forward's inputs, it gives what forward gives and counts what forward counts, or None where
-# eager has to run.
+# eager has to run. It may have ``bind(modules) -> Binding | None``.
 Kernel = Callable[..., Any]
 
 

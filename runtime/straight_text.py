@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
-from torch.nn.modules import module as _hooks
 
 from sparsify.runtime.beside import together
+from sparsify.runtime.bound import Bound
+from sparsify.runtime.spec import RoutedModule
 
 aten = torch.ops.aten
 Function = Callable[..., tuple[Any, ...]]
@@ -66,9 +67,8 @@ def function(graph: fx.Graph, module: nn.Module, calls: Calls | None = None) -> 
     Args:
         calls: what to call instead of some operations.
     """
-    source, names = text_of(graph, calls or {})
-    names |= {"root": module, "unusual": unusual}
-    scope: dict[str, Any] = names
+    source, names = text_of(graph, calls or {}, module)
+    scope: dict[str, Any] = {**names, "root": module}
     exec(compile(source, "<sparsify graph>", "exec"), scope)
     made: Any = scope["run"]
     made.__code__ = made.__code__.replace(co_stacksize=max(made.__code__.co_stacksize, OWN_CHUNK))
@@ -76,32 +76,22 @@ def function(graph: fx.Graph, module: nn.Module, calls: Calls | None = None) -> 
     return run
 
 
-def unusual(*modules: Any) -> bool:
-    """Whether a call of one does more than to run ``forward``: hooks."""
-    if _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks:
-        return True
-    for module in modules:
-        own = module.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            return True
-    return False
-
-
-def text_of(graph: fx.Graph, calls: Calls) -> tuple[str, dict[str, Any]]:
-    """The source of ``run`` and the objects that it names, without
-    ``root`` (the module) and ``unusual``."""
-    return _Printer(graph, {**DIRECT, **calls}).text()
+def text_of(graph: fx.Graph, calls: Calls, module: nn.Module) -> tuple[str, dict[str, Any]]:
+    """The source of ``run`` and the objects that it names, without ``root`` (the module)."""
+    return _Printer(graph, {**DIRECT, **calls}, module).text()
 
 
 class _Printer:
-    def __init__(self, graph: fx.Graph, calls: Calls) -> None:
+    def __init__(self, graph: fx.Graph, calls: Calls, root: nn.Module) -> None:
         self.graph = graph
+        self.root = root
         self.calls = calls
         self.names: dict[str, Any] = {}
         self._named: dict[int, str] = {}
         self._values: dict[fx.Node, str] = {}
         self._modules: dict[str, str] = {"": "root"}
         self._lines: list[str] = []
+        self._wanted: list[tuple[str, ...]] = []  # bound calls: b0, b1, ...
 
     def text(self) -> tuple[str, dict[str, Any]]:
         last = {used: node for node in self.graph.nodes for used in node.all_input_nodes}
@@ -121,39 +111,32 @@ class _Printer:
                 done.append(name)
             if done:  # frees memory as early as the graph's own code does
                 self._lines.append(f"{' = '.join(done)} = None")
+        if self._wanted:
+            self.names["bound"] = Bound(self.root, self._wanted)
+            self._lines.insert(
+                0, f"{''.join(f'b{n}, ' for n in range(len(self._wanted)))}= bound()"
+            )
         body = "".join(f"    {line}\n" for line in self._lines)
         return f"def run({', '.join(inputs)}):\n{body}", self.names
 
     def _statement(self, node: fx.Node, name: str) -> None:
         target = node.target
         if target is together:
-            self._together(node, name)
+            self._lines.append(f"{name} = {self._bound(node.args[0])}({self._of(node.args[1])})")
         elif node.op == "call_function":
             called = self._object(self.calls.get(target, target))
             self._lines.append(f"{name} = {called}({self._arguments(node)})")
         elif node.op == "call_module":
-            self._call(self._module(str(target)), node, name)
+            routed = isinstance(self.root.get_submodule(str(target)), RoutedModule)
+            called = self._bound([str(target)]) if routed else self._module(str(target))
+            self._lines.append(f"{name} = {called}({self._arguments(node)})")
         else:
             self._weight(str(target), name)
 
-    def _call(self, module: str, node: fx.Node, name: str) -> None:
-        """The module's own forward, where nobody hooked in."""
-        given = self._arguments(node)
-        self._lines += [
-            f"if unusual({module}): {name} = {module}({given})",
-            f"else: {name} = {module}.forward({given})",
-        ]
-
-    def _together(self, node: fx.Node, name: str) -> None:
-        paths, x = node.args
-        modules = [self._module(path) for path in paths]  # type: ignore[union-attr, arg-type]
-        listed = f"({''.join(f'{module}, ' for module in modules)})"
-        single = ", ".join(f"{module}({self._of(x)})" for module in modules)
-        called = self._object(together)
-        self._lines += [
-            f"if unusual({', '.join(modules)}): {name} = [{single}]",
-            f"else: {name} = {called}({listed}, {self._of(x)})",
-        ]
+    def _bound(self, paths: Any) -> str:
+        """The variable that holds what calls the modules at ``paths``."""
+        self._wanted.append(tuple(paths))
+        return f"b{len(self._wanted) - 1}"
 
     def _weight(self, target: str, name: str) -> None:
         """A parameter; a buffer or what a parametrisation computes, by attribute."""

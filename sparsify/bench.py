@@ -218,23 +218,40 @@ class Bench:
 
     @functools.cached_property
     def _projections(self) -> list[Tensor]:
-        """(out, in) dense weights of all routed modules, in the order of the modules."""
-        found = []
-        for module in self.sparse.modules():
+        """(out, in) dense weights of all routed modules, those of one input one after another."""
+        return [weight for group in self._groups for weight in group]
+
+    @functools.cached_property
+    def _groups(self) -> list[list[Tensor]]:
+        """The same, by the input that they read: queries, keys and values; gate and up."""
+        groups: dict[Any, list[Tensor]] = {}
+        inputs = {
+            str(n.target): n.args[0] for n in self.sparse.graph.graph.nodes if n.op == "call_module"
+        }
+        for path, module in self.sparse.graph.named_modules():
             if isinstance(module, RoutedModule):
-                weights = module.dense_weights().values()
-                found += [w.detach().contiguous() for w in weights if w.dim() == 2]
-        return found
+                for weight in module.dense_weights().values():
+                    if weight.dim() == 2:
+                        key = inputs.get(path, path), weight.shape[1]
+                        groups.setdefault(key, []).append(weight.detach().contiguous())
+        return list(groups.values())
 
     def _dense_projections(self, regime: Regime, product: Any) -> Run:
-        """The projections as the dense model computes them: torch's products, or ``product``."""
-        linear = product or torch.nn.functional.linear
+        """The projections as the dense model computes them: torch's products one by one, or those
+        of one input in one call of ``product`` (sparsify/runtime/beside.py)."""
         tokens = regime.batch * regime.tokens if not regime.own else 1
         inputs = {w.shape[1]: torch.randn(tokens, w.shape[1]).to(w) for w in self._projections}
+        work = [(inputs[group[0].shape[1]], group, [None] * len(group)) for group in self._groups]
 
         def run() -> None:
-            for weight in self._projections:
-                linear(inputs[weight.shape[1]], weight)
+            for x, weights, biases in work:
+                if product is None:
+                    for weight in weights:
+                        torch.nn.functional.linear(x, weight)
+                elif len(weights) == 1:
+                    product(x, weights[0])
+                else:
+                    product.several(x, weights, biases)
 
         return run
 

@@ -186,6 +186,46 @@ static void neurons(const ffn *a, const int32_t *token, int64_t n, int64_t row, 
     }
 }
 
+/* THIN: live neurons of one token whose rows of down are still to be read. */
+typedef struct {
+    float *y;
+    int64_t n;
+    const weight_t *row[CHUNK + BLOCK];
+    float by[CHUNK + BLOCK];
+} pending;
+
+/* Adds what is pending, in blocks; fetches each next block meanwhile, `after` at the last. Less than
+ * a block is left for the next time, unless this is the last. */
+static void settle(pending *p, const weight_t *const *after, int last, int64_t D)
+{
+    int64_t i = 0;
+    for (; i + BLOCK <= p->n; i += BLOCK) {
+        int more = i + 2 * BLOCK <= p->n;
+        add_rows(BLOCK, 1, p->row + i, more ? p->row + i + BLOCK : after, p->by + i, p->y, D);
+    }
+    if (last)
+        for (; i < p->n; i++) add_rows(1, 0, p->row + i, p->row + i, p->by + i, p->y, D);
+    p->n -= i;
+    memmove(p->row, p->row + i, p->n * sizeof *p->row);
+    memmove(p->by, p->by + i, p->n * sizeof *p->by);
+}
+
+/* The live ones of size neurons from `row` on, of activations h. */
+static void keep_live(const ffn *a, int64_t row, int64_t size, const float *h, float share, pending *p)
+{
+    float v[CHUNK], score[CHUNK];
+    for (int64_t i = 0; i < size; i++) {
+        v[i] = h[i] - (a->centre ? a->centre[row + i] : 0.0f);
+        score[i] = fabsf(v[i]) * a->weigh[row + i];
+        v[i] *= share * (a->down_scale ? a->down_scale[row + i] : 1.0f);
+    }
+    for (int64_t i = 0; i < size; i++) {
+        p->row[p->n] = a->down + (row + i) * a->D;
+        p->by[p->n] = v[i];
+        p->n += score[i] > a->cut;
+    }
+}
+
 int64_t few(ffn *a)
 {
     int64_t T = a->T, N = a->N, m = a->m, D = a->D, thin = 0;
@@ -216,6 +256,8 @@ int64_t few(ffn *a)
         memset(mine, 0, sizeof(float) * T * D);
         int64_t lo = work * id / n, hi = work * (id + 1) / n;
         float g[T * CHUNK], u[T * CHUNK], c[T][BLOCK], *y[T];
+        pending left[THIN ? T : 1];
+        for (int64_t t = 0; t < (THIN ? T : 1); t++) left[t].n = 0;
         for (int64_t e = 0; e < N; e++) {
             int64_t count = first[e + 1] - first[e];
             if (!count || start[e] + m <= lo || start[e] >= hi) continue;
@@ -230,6 +272,21 @@ int64_t few(ffn *a)
                     while (o < N && first[o + 1] == first[o]) o++;
                     then = o < N && start[o] < hi ? o * m : row;
                 }
+                if (THIN) { /* rows of down are read a chunk later: by then they are known, and fetched */
+                    pending *p = left + who[0];
+                    gate_rows(a, then, N * m - then, rows);
+                    neurons(a, who, count, row, size, p->n >= BLOCK ? p->row : rows, g, u);
+                    for (int64_t i = 0; i < count * CHUNK; i++) u[i] = ACT(u[i], g[i]);
+                    for (int64_t t = 0; t < count; t++) {
+                        p = left + who[t];
+                        p->y = y[t];
+                        settle(p, rows, 0, D);
+                        int64_t before = p->n;
+                        keep_live(a, row, size, u + t * CHUNK, a->select[who[t] * N + e], p);
+                        thin += p->n - before;
+                    }
+                    continue;
+                }
                 down_rows(a, row, size, after);
                 neurons(a, who, count, row, size, after, g, u);
                 for (int64_t i = 0; i < count * CHUNK; i++) u[i] = ACT(u[i], g[i]);
@@ -238,26 +295,17 @@ int64_t few(ffn *a)
                     down_rows(a, at, some, rows);
                     if (b + BLOCK < size) down_rows(a, at + BLOCK, size - b - BLOCK, after);
                     else gate_rows(a, then, N * m - then, after);
-                    for (int64_t t = 0; t < count; t++) {
-                        float share = a->select[who[t] * N + e];
-                        const weight_t *used[BLOCK];
-                        int64_t live = 0;
-                        for (int64_t i = 0; i < some; i++) {
-                            float h = u[t * CHUNK + b + i];
-                            if (THIN) {
-                                if (a->centre) h -= a->centre[at + i];
-                                if (!(fabsf(h) * a->weigh[at + i] > a->cut)) continue;
-                            }
-                            c[t][live] = h * share * (a->down_scale ? a->down_scale[at + i] : 1.0f);
-                            used[live++] = rows[i];
-                        }
-                        if (THIN) add_block(y + t, c + t, 1, used, live, t ? NULL : after, D);
-                        thin += live;
-                    }
-                    if (!THIN) add_block(y, c, count, rows, some, after, D);
+                    for (int64_t t = 0; t < count; t++)
+                        for (int64_t i = 0; i < some; i++)
+                            c[t][i] = u[t * CHUNK + b + i] * a->select[who[t] * N + e]
+                                      * (a->down_scale ? a->down_scale[at + i] : 1.0f);
+                    add_block(y, c, count, rows, some, after, D);
                 }
             }
         }
+        if (THIN)
+            for (int64_t t = 0; t < T; t++)
+                if (left[t].n) settle(left + t, left[t].row, 1, D);
         /* what stands in for dead experts, and THIN's offsets of live ones */
         int64_t shared = N - a->R, at = 0;
         for (int64_t t = 0; t < T; t++)

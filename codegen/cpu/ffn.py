@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparsify.codegen.cpu.build import load, threads
-from sparsify.codegen.cpu.call import Lowered, checked, dtype_of, plain, usable, version
+from sparsify.codegen.cpu.call import FEW, Lowered, checked, dtype_of, plain, usable, version
 from sparsify.codegen.cpu.ffn_source import source
 from sparsify.codegen.cpu.linear import quantised
 from sparsify.codegen.routing import fuses, undisturbed
+from sparsify.runtime.changes import Changes
 from sparsify.runtime.dropped import at_budget
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.inside import LiveNeurons
 from sparsify.runtime.router import Router
+from sparsify.runtime.spec import Binding
 
 Way = Literal["few", "prefill", "dense"]
 
@@ -143,6 +145,31 @@ class FfnKernel(Lowered):
         if way == "prefill" and inside is not None:
             return None
         return self._run(way, module, x, T, base)
+
+    def bind(self, modules: Sequence[RoutedFFN]) -> Binding | None:
+        """A call of few tokens while nothing changes; None where there is none."""
+        if len(modules) > 1 or modules[0].dispatch != "auto" or self.dtype is not torch.float32:
+            return None
+        (module,) = modules
+        changes, router = Changes.count, module.router
+        base = self._settled(module, router)
+        everything = self._everything
+        if base is None or not (everything or (self._fuses and undisturbed(router))):
+            return None
+        active = 1.0 if everything else router.active
+        few = [T for T in range(1, FEW + 1) if self.choose(T, active) == "few"]
+        D = base.D
+
+        def call(x: Tensor) -> Tensor:
+            T = x.numel() // D
+            if (
+                T not in few or changes != Changes.count or type(x) is not Tensor
+                or x.dtype is not torch.float32 or not x.is_contiguous()
+            ):  # fmt: skip
+                return module.forward(x)
+            return self._at_once(module, x, T, base)
+
+        return Binding(call, self._copied) if few else None
 
     @staticmethod
     def _dense(module: RoutedFFN, x: Tensor, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from sparsify.runtime.changes import Changes
 from sparsify.runtime.inputs import Magnitude, RoutedLinear
 from sparsify.runtime.rules import TopK
 from sparsify.runtime.rules_cut import Threshold
+from sparsify.runtime.spec import Binding
 
 THRESHOLD = -1  # in place of a count; as in rows.c
 
@@ -97,16 +99,31 @@ class LinearKernel(Lowered):
             self._groups[len(modules)] = group
         if group.dense:
             return [self._dense(modules[0], x.reshape(group.tokens, -1)).view(group.shapes[0])]
-        x = x if x.is_contiguous() else x.contiguous()
-        calls, found = group.call(), [x.new_empty(shape) for shape in group.shapes]
-        for call, y in zip(calls, found, strict=True):
-            call.y = y.data_ptr()
-        tokens = group.tokens
-        checked(self.run(calls, len(found), x.data_ptr(), tokens, build.threads()))
-        for call, counter in zip(calls, group.counters, strict=True):
-            counter.computed(tokens, self.inputs, call.pairs)
-        group.spare.append(calls)
-        return found
+        return group.compute(x if x.is_contiguous() else x.contiguous())
+
+    def bind(self, modules: Sequence[RoutedLinear]) -> Binding | None:
+        """:meth:`together` while nothing changes; None where it would decline."""
+        if any(module.dispatch != "auto" for module in modules):
+            return None
+        modules, alone, dtype = tuple(modules), len(modules) == 1, self.dtype
+        group: Group | None = None
+
+        def call(x: Tensor) -> Any:
+            nonlocal group
+            known = group
+            if (
+                known is None or known.changes != Changes.count or known.shape != x.shape
+                or x.dtype is not dtype or type(x) is not Tensor or not x.is_contiguous()
+            ):  # fmt: skip
+                found = self.together(modules, x)
+                group = None if found is None else self._groups.get(len(modules))
+                group = None if group is None or group.dense or group.modules != modules else group
+                found = found or [module.forward(x) for module in modules]
+            else:
+                found = known.compute(x)
+            return found[0] if alone else found
+
+        return Binding(call, [tensor for module in modules for tensor in self._copied(module)])
 
     def _grouped(self, modules: Sequence[RoutedLinear], x: Tensor) -> Group | None:
         """What calls with such an x hand to C; None where not all of them can go there."""
@@ -136,8 +153,8 @@ class LinearKernel(Lowered):
             copies += [(t, version(t)) for t in self._copied(module)]
             structs.append(kernel._made)
         return Group(
-            changes, tuple(modules), x.shape, tokens, tuple(shapes), tuple(copies), dense, calls,
-            tuple(structs),
+            changes, tuple(modules), x.shape, tokens, tuple(shapes), tuple(copies), dense,
+            self.run, calls, tuple(structs),
         )  # fmt: skip
 
     def _dense(self, module: RoutedLinear, rows: Tensor) -> Tensor:

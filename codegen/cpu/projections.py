@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsify.codegen.cpu.call import version
+from sparsify.codegen.cpu.build import threads
+from sparsify.codegen.cpu.call import checked, version
 from sparsify.runtime.changes import Changes
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Group:
         shapes: of the results.
         copies: tensors that C reads copies of, and how often they had changed.
         dense: the one module's dense way is faster.
-        calls: what C is given, but for ``y``; copied for every call that runs at the same time.
+        run: the C function.
+        calls: what it is given, but for ``y``; copied for every call that runs at the same time.
     """
 
     changes: int
@@ -51,6 +53,7 @@ class Group:
     shapes: tuple[tuple[int, ...], ...]
     copies: tuple[tuple[Tensor, int], ...]
     dense: bool
+    run: Any
     calls: Any
     structs: tuple[Any, ...]  # which calls point to
     counters: tuple[Counter, ...] = ()
@@ -77,9 +80,19 @@ class Group:
                 return False
         return all(version(tensor) == seen for tensor, seen in self.copies)
 
-    def call(self) -> Any:
-        """An array of :class:`Projection` that nobody else uses; give it back to ``spare``."""
+    def compute(self, x: Tensor) -> list[Tensor]:
+        """What the modules make of x (..., in), of this group's shape and contiguous."""
         try:
-            return self.spare.pop()
+            calls = self.spare.pop()  # nobody else's meanwhile
         except IndexError:
-            return type(self.calls).from_buffer_copy(self.calls)
+            calls = type(self.calls).from_buffer_copy(self.calls)
+        found = [x.new_empty(shape) for shape in self.shapes]
+        for call, y in zip(calls, found, strict=True):
+            call.y = y.data_ptr()
+        tokens = self.tokens
+        checked(self.run(calls, len(found), x.data_ptr(), tokens, threads()))
+        inputs = self.shape[-1]
+        for call, counter in zip(calls, self.counters, strict=True):
+            counter.computed(tokens, inputs, call.pairs)
+        self.spare.append(calls)
+        return found

@@ -178,30 +178,57 @@ typedef struct {
     float threshold;
 } projection;
 
-/* the live rows of one token, x (rows); ranks: room for rows numbers */
-static void find(const projection *p, const value_t *x, uint32_t *ranks, list *l) {
+/* row and times of those whose score is above the least, of times (n), in place; how many */
+static int64_t above(const float *score, float least, int64_t n, int32_t *row, float *times) {
+    int64_t j = 0, found = 0;
+#if LANES == 16 && defined(__AVX512F__)
+    __m512 cut = _mm512_set1_ps(least);
+    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; j + 16 <= n; j += 16) { /* whole vectors are written: up to j + 16, which was read */
+        __mmask16 live = _mm512_cmp_ps_mask(_mm512_loadu_ps(score + j), cut, _CMP_GT_OQ);
+        __m512 v = _mm512_loadu_ps(times + j);
+        _mm512_storeu_ps(times + found, _mm512_maskz_compress_ps(live, v));
+        _mm512_storeu_si512(row + found, _mm512_maskz_compress_epi32(live, at));
+        found += __builtin_popcount(live);
+        at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+    }
+#endif
+    for (; j < n; j++) {
+        row[found] = (int32_t)j;
+        times[found] = times[j];
+        found += score[j] > least;
+    }
+    return found;
+}
+
+/* the live rows of one token, x (rows); room for rows numbers */
+static void find(const projection *p, const value_t *x, uint32_t *room, list *l) {
     const routed *to = p->to;
-    int64_t rows = to->rows, keep = p->keep, n = 0, equal = 0;
-    uint32_t least = 0;
-    if (keep >= 0 && keep < rows) {
+    int64_t rows = to->rows, keep = p->keep, n = rows;
+    float *times = l->times, *score = (float *)room;
+    const value_t *centre = to->centre;
+    if (centre)
+        for (int64_t j = 0; j < rows; j++) times[j] = stored(value(x + j) - value(centre + j));
+    else
+        for (int64_t j = 0; j < rows; j++) times[j] = value(x + j);
+    if (keep >= rows) {
+        for (int64_t j = 0; j < rows; j++) l->row[j] = (int32_t)j;
+    } else if (keep < 0) {
+        for (int64_t j = 0; j < rows; j++) score[j] = fabsf(times[j]) * to->scale[j];
+        n = above(score, p->threshold, rows, l->row, times);
+    } else {
+        int64_t equal = 0;
+        for (int64_t j = 0; j < rows; j++) room[j] = rank(fabsf(times[j]) * to->scale[j]);
+        uint32_t least = keep ? kth(room, rows, keep, &equal) : 0;
+        n = 0;
         for (int64_t j = 0; j < rows; j++) {
-            float v = value(x + j);
-            if (to->centre) v = stored(v - value(to->centre + j));
-            ranks[j] = rank(fabsf(v) * to->scale[j]);
+            l->row[n] = (int32_t)j;
+            times[n] = times[j];
+            n += keep && (room[j] > least || (room[j] == least && equal-- > 0));
         }
-        if (keep) least = kth(ranks, rows, keep, &equal);
     }
-    for (int64_t j = 0; j < rows; j++) {
-        float v = value(x + j);
-        if (to->centre) v = stored(v - value(to->centre + j));
-        int live = 1;
-        if (keep < 0) live = fabsf(v) * to->scale[j] > p->threshold;
-        else if (keep < rows)
-            live = keep && (ranks[j] > least || (ranks[j] == least && equal-- > 0));
-        l->row[n] = (int32_t)j;
-        l->times[n] = to->row_scale ? v * to->row_scale[j] : v;
-        n += live;
-    }
+    if (to->row_scale)
+        for (int64_t i = 0; i < n; i++) times[i] *= to->row_scale[l->row[i]];
     l->n = n;
 }
 
