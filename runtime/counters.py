@@ -7,10 +7,25 @@ the two against each other, so "skipped" means skipped.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from array import array
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class _Number:
+    """One of a counter's numbers."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __get__(self, counter: Any, kind: Any = None) -> int:
+        number: int = counter.numbers[self.place]
+        return number
+
+    def __set__(self, counter: Any, value: int) -> None:
+        counter.numbers[self.place] = value
 
 
 @dataclasses.dataclass
@@ -23,33 +38,32 @@ class Counter:
         units_live: token-unit pairs that the selection keeps.
         rows: token-unit pairs that were multiplied.
         rows_dense: token-unit pairs that the dense module would have multiplied.
+        numbers: the five, as int64 in this order: kernels add to them where they lie.
     """
 
-    tokens: int = 0
-    units_total: int = 0
-    units_live: int = 0
-    rows: int = 0
-    rows_dense: int = 0
+    numbers: array[int] = dataclasses.field(default_factory=lambda: array("q", [0] * 5))
+
+    tokens = _Number(0)
+    units_total = _Number(1)
+    units_live = _Number(2)
+    rows = _Number(3)
+    rows_dense = _Number(4)
+
+    def __copy__(self) -> Any:
+        return dataclasses.replace(self, numbers=self.numbers[:])
 
     def reset(self) -> None:
         """Back to zero."""
-        self.tokens = self.units_total = self.units_live = self.rows = self.rows_dense = 0
+        for place in range(len(self.numbers)):
+            self.numbers[place] = 0
 
     def seen(self, tokens: int, units: int, live: int) -> None:
         """One call: ``tokens`` tokens, of whose ``tokens * units`` pairs ``live`` are live."""
-        self.tokens += tokens
-        self.units_total += tokens * units
-        self.rows_dense += tokens * units
-        self.units_live += live
-
-    def computed(self, tokens: int, units: int, live: int) -> None:
-        """The same, where exactly the live pairs were multiplied."""
-        pairs = tokens * units
-        self.tokens += tokens
-        self.units_total += pairs
-        self.rows_dense += pairs
-        self.units_live += live
-        self.rows += live
+        numbers, pairs = self.numbers, tokens * units
+        numbers[0] += tokens
+        numbers[1] += pairs
+        numbers[2] += live
+        numbers[4] += pairs
 
     @property
     def live_fraction(self) -> float:

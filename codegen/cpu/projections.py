@@ -24,7 +24,7 @@ class Projection(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("to", "y")),
-        *((name, ctypes.c_int64) for name in ("keep", "pairs")),
+        *(("keep", ctypes.c_int64), ("counts", ctypes.c_void_p)),
         ("threshold", ctypes.c_float),
     ]
 
@@ -63,6 +63,8 @@ class Group:
 
     def __post_init__(self) -> None:
         self.counters = tuple(module.counter for module in self.modules)
+        for call, counter in zip(self.calls, self.counters, strict=True):
+            call.counts = counter.numbers.buffer_info()[0]
         self.places = tuple(
             (module._parameters, name, tensor, tensor.data_ptr())
             for module in self.modules
@@ -89,10 +91,6 @@ class Group:
         found = [x.new_empty(shape) for shape in self.shapes]
         for call, y in zip(calls, found, strict=True):
             call.y = y.data_ptr()
-        tokens = self.tokens
-        checked(self.run(calls, len(found), x.data_ptr(), tokens, threads()))
-        inputs = self.shape[-1]
-        for call, counter in zip(calls, self.counters, strict=True):
-            counter.computed(tokens, inputs, call.pairs)
+        checked(self.run(calls, len(found), x.data_ptr(), self.tokens, threads()))
         self.spare.append(calls)
         return found

@@ -174,9 +174,16 @@ typedef struct {
     const routed *to;
     value_t *y;    /* (tokens, out) */
     int64_t keep;
-    int64_t pairs; /* out: live (token, row) pairs */
+    int64_t *counts; /* of the module's work, or null (sparsify/runtime/counters.py) */
     float threshold;
 } projection;
+
+/* Counts what was computed: exactly the live pairs. */
+static void counted(const projection *p, int64_t tokens, int64_t live) {
+    int64_t all = tokens * p->to->rows, add[5] = {tokens, all, live, live, all};
+    if (p->counts)
+        for (int i = 0; i < 5; i++) __atomic_fetch_add(p->counts + i, add[i], __ATOMIC_RELAXED);
+}
 
 /* row and times of those whose score is above the least, of times (n), in place; how many */
 static int64_t above(const float *score, float least, int64_t n, int32_t *row, float *times) {
@@ -258,7 +265,7 @@ static int of_one(projection *all, int64_t count, const value_t *x, int threads)
             find(all + i, x, (uint32_t *)(mine + to_sum + 2 * rows), &l);
             memset(sums, 0, to->out * sizeof(float));
             add_list(to->matrix, to->out, &l, l.n * part / parts, l.n * (part + 1) / parts, sums, to->out);
-            if (!part) all[i].pairs = l.n;
+            if (!part) counted(all + i, 1, l.n);
             sums += (to->out + 15) / 16 * 16;
         }
 #pragma omp barrier
@@ -288,15 +295,16 @@ int64_t routed_linears(projection *all, int64_t count, const value_t *x, int64_t
         int32_t *room = malloc((tokens * 8 + 4) * rows + 64);
         if (!room) return -1;
         work w = {.to = to, .y = all[i].y, .tokens = tokens};
-        all[i].pairs = 0;
+        int64_t pairs = 0;
         for (int64_t t = 0; t < tokens; t++) {
             list *l = &w.live[t];
             l->row = room + 2 * t * rows;
             l->times = (float *)(l->row + rows);
             find(all + i, x + t * rows, (uint32_t *)room + 2 * tokens * rows, l);
-            all[i].pairs += l->n;
+            pairs += l->n;
         }
-        share_outputs(&w, all[i].pairs, threads);
+        share_outputs(&w, pairs, threads);
+        counted(all + i, tokens, pairs);
         free(room);
     }
     return 0;

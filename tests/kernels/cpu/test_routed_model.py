@@ -47,7 +47,7 @@ def test_model_with_kernels(pipeline: str, kinds: set[str]) -> None:
         with torch.no_grad():
             reset(model)
             expected = model(input_ids=x).logits
-            counted = [(path, vars(c).copy()) for path, c in counters(model)]
+            counted = [(path, copy.copy(c)) for path, c in counters(model)]
             for m, kernel in found.items():
 
                 def run(module: RoutedModule, *inputs: torch.Tensor, k: object = kernel) -> object:
@@ -58,7 +58,7 @@ def test_model_with_kernels(pipeline: str, kinds: set[str]) -> None:
                 m.kernel = run
             reset(model)
             torch.testing.assert_close(model(input_ids=x).logits, expected, rtol=1e-4, atol=1e-5)
-            assert [(path, vars(c).copy()) for path, c in counters(model)] == counted
+            assert [(path, copy.copy(c)) for path, c in counters(model)] == counted
         for m in found:
             m.kernel = None
     assert used == kinds

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sparsify import zoo
 from sparsify.capture import Capture, capture
+from sparsify.runtime.bound import unusual
 from sparsify.runtime.calling import CausalCall
 from sparsify.runtime.model import SparseModel
-from sparsify.runtime.bound import unusual
 from sparsify.runtime.straight_text import DIRECT, function
 from tests.unit.runtime.small import routed
 
