@@ -57,13 +57,14 @@ class Bound:
             return _Held(-1, tuple(_careful(group) for group in groups))
         calls, copied = [], list[Tensor]()
         for group in groups:
-            bind = getattr(group[0].kernel, "bind", None)
+            own = any("forward" in module.__dict__ for module in group)
+            bind = None if own else getattr(group[0].kernel, "bind", None)
             found: Binding | None = None if bind is None else bind(group)
             if found is not None:
                 copied += found.copied
                 calls.append(found.call)
             else:
-                calls.append(group[0].forward if len(group) == 1 else _joint(group))
+                calls.append(group[0].forward if len(group) == 1 else _careful(group))
         for module in modules:
             slots |= _parameters(module)
         return _Held.of(count, tuple(calls), list(slots.values()), copied)
@@ -134,12 +135,8 @@ def _careful(group: Sequence[Any]) -> Callable[..., Any]:
     """As if nobody knew anything."""
     if len(group) == 1:
         return group[0]  # type: ignore[no-any-return]
-    if any(map(unusual, group)):
+    if any(unusual(module) or "forward" in module.__dict__ for module in group):
         return lambda x: [module(x) for module in group]
-    return _joint(group)
-
-
-def _joint(group: Sequence[Any]) -> Callable[[Tensor], Sequence[Tensor]]:
     return lambda x: together(group, x)
 
 

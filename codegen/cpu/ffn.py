@@ -120,7 +120,7 @@ class FfnKernel(Lowered):
         self._direct: list[Tensor] = []  # the module's tensors that are read where they lie,
         self._places: list[int] = []  # which is there,
         self._copied: list[Tensor] = []  # and those that something was made of, when they
-        self._versions: list[int] = []  # looked so
+        self._versions: list[tuple[int, int]] = []  # looked so
         self._spare: dict[int, list[_Ready]] = {}  # by number of tokens
 
     def __call__(self, module: RoutedFFN, x: Tensor) -> Tensor | None:
@@ -285,7 +285,7 @@ class FfnKernel(Lowered):
         if key == self._key:
             direct, copied = self._direct, self._copied
             if [t.data_ptr() for t in direct] == self._places and (
-                [version(t) for t in copied] == self._versions
+                [(version(t), t.data_ptr()) for t in copied] == self._versions
             ):
                 return self._base
         self._base, self._spare, self._direct, self._copied = None, {}, [], []
@@ -294,7 +294,7 @@ class FfnKernel(Lowered):
             self._everything = router.all_live if everything is None else everything
             self._base, self._kept = self._read(module, router)
         self._places = [t.data_ptr() for t in self._direct]
-        self._versions = [version(t) for t in self._copied]
+        self._versions = [(version(t), t.data_ptr()) for t in self._copied]
         self._fuses = fuses(router)
         self._key = key
         return self._base

@@ -294,6 +294,28 @@ def test_attention_between_routed_projections_is_counted(pipeline: str) -> None:
     assert found.bytes_per_token == pytest.approx(dense.bytes_per_token, rel=1e-3)
 
 
+def test_projections_of_one_input_are_timed_together() -> None:
+    """As the dense model with the same kernels computes them."""
+    sizes = lambda b: [[w.shape[0] for w in group] for group in b._groups]  # noqa: E731
+    routed = api.compile(captured("llama"), "hidden-route", verify="off")
+    bench = Bench(routed, {}, torch.arange(10))
+    layer = sizes(bench)[: len(sizes(bench)) // 2]
+    assert [len(group) for group in layer] == [3, 1, 2, 1]
+    calls: list[int] = []
+
+    class Product:
+        def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+            calls.append(1)
+
+        def several(self, x: torch.Tensor, weights: list[torch.Tensor], biases: list[None]) -> None:
+            calls.append(len(weights))
+
+    bench._dense_projections(Regime(1, 1, 4), Product())()
+    assert calls == [3, 1, 2, 1] * 2
+    experts = Bench(api.compile(captured("llama"), "ffn-moe", verify="off"), {}, torch.arange(10))
+    assert [len(group) for group in sizes(experts)] == [2, 1] * 2
+
+
 def test_amdahl() -> None:
     """Half of 60 % of the time saved leaves 70 % of it."""
     routed = api.compile(captured("llama"), "ffn-moe{experts=8 router=top-k}", verify="off")
