@@ -55,21 +55,29 @@ class Store:
     # -- entries
 
     def find(self, name: str) -> Path | None:
-        """The file of a good entry; None where there is none. A damaged one is removed."""
+        """The file of a good entry; None where there is none.
+
+        A damaged one stays until it is written over: whoever removes it might remove the good one
+        that another thread has just put in its place.
+        """
         for folder in self._folders():
             path = folder / name
-            if _read(path) is not None:
+            try:
+                sealed = path.read_bytes()
+            except OSError:
+                continue
+            if _opened(sealed) is not None:
                 return path
-            if path.exists():
-                self.remark(f"the cache entry {path} was damaged and is made again")
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            self.remark(f"the cache entry {path} was damaged and is made again")
         return None
 
     def get(self, name: str) -> bytes | None:
         """The content of an entry, or None."""
         path = self.find(name)
-        return None if path is None else _read(path)
+        try:
+            return None if path is None else _opened(path.read_bytes())
+        except OSError:
+            return None
 
     def put(self, name: str, content: bytes) -> Path:
         """Write an entry, over an earlier one; where it now is."""
@@ -169,12 +177,8 @@ def store() -> Store:
     return _STORES.setdefault(folder := default_folder(), Store(folder))
 
 
-def _read(path: Path) -> bytes | None:
-    """The content of an entry's file; None where it is missing, unreadable or damaged."""
-    try:
-        sealed = path.read_bytes()
-    except OSError:
-        return None
+def _opened(sealed: bytes) -> bytes | None:
+    """The content of an entry's file; None where it is damaged."""
     content, tail = sealed[:-_TAIL], sealed[-_TAIL:]
     good = _MARK + hashlib.sha256(content).hexdigest().encode()
     return content if tail == good else None

@@ -71,7 +71,6 @@ def test_damaged_entries_are_made_again(fresh: Path, damage: str) -> None:
     }[damage]
     path.write_bytes(broken)
     assert kept.get("a") is None
-    assert not path.exists()
     assert kept.build("a", lambda: b"new") == path
     assert kept.get("a") == b"new"
     assert len(kept.remarks) == 1 and "damaged" in kept.remarks[0]
@@ -90,6 +89,23 @@ def test_a_failed_write_leaves_nothing(fresh: Path, monkeypatch: pytest.MonkeyPa
             kept.put("a", b"new")
     assert [p.name for p in fresh.iterdir()] == ["a"]
     assert Store(fresh).get("a") == b"old"
+
+
+def test_an_entry_that_appears_while_it_is_looked_for_stays(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Store(fresh)
+    read = Path.read_bytes
+
+    def late(path: Path) -> bytes:
+        monkeypatch.setattr(Path, "read_bytes", read)
+        Store(fresh).put("a", b"theirs")
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_bytes", late)
+    assert kept.find("a") is None
+    assert kept.build("a", lambda: b"mine").read_bytes().startswith(b"theirs")
+    assert not kept.remarks
 
 
 def test_threads_build_an_entry_once(fresh: Path) -> None:
