@@ -1,37 +1,42 @@
 """Next tokens: a routed SmolLM2 beside dense, static pruning and TEAL, on held-out text.
 
-    python benchmarks/quality/text.py --pipeline ffn-moe
+    python benchmarks/quality/text.py --pipeline "hidden-route{at=*.mlp.*}"
     python benchmarks/quality/text.py --pipeline hidden-route
-    python benchmarks/quality/text.py --pipeline attn-moh --fitted docstrings
+    python benchmarks/quality/text.py --pipeline ffn-moe --fitted docstrings,licences --kinds code
 
 Each writes benchmarks/results/quality-PIPELINE.json. The model is compiled once for each kind of
 text that it is ``--fitted`` on, and measured on the held-out half of every kind in ``--kinds``, so
-also on text unlike what it was fitted on. Static pruning drops as many units for every token as the
-routed model really did; TEAL drops small inputs of every matrix, at as many operations as the
-routed model was counted to do. Intervals are paired with dense, over whole texts.
+also on text unlike what it was fitted on; the last table pools the kinds. Static pruning drops as
+many units for every token as the routed model really did; TEAL drops small inputs of every matrix,
+at as many operations as the routed model was counted to do. Intervals are paired with dense, over
+whole texts.
 
-51,200 tokens of a kind take about 200 runs of 256 tokens for every row of a table, and for dense
-twice: an hour of two cores for a kind of text. ``--tokens 4096`` is a look.
+25,600 tokens of a kind are 100 runs of 256 tokens for every row of a table, and for dense twice:
+about ten minutes of two idle cores. ``--tokens 4096`` is a look.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import common
 
 import sparsify
 from sparsify import api
+from sparsify.report import Quality
 from sparsify.report_json import encode
 
-KINDS = ("docstrings", "licences", "code")
+KINDS = ("docstrings", "licences")
 
 
-def main(arguments: Sequence[str] | None = None, tokens: int = 51_200) -> None:
+def main(arguments: Sequence[str] | None = None, tokens: int = 25_600) -> None:
     options = common.options(__doc__, "", tokens)
-    options.add_argument("--pipeline", default="ffn-moe")
+    options.set_defaults(active="0.75,0.5")
+    options.add_argument("--pipeline", default="hidden-route")
     options.add_argument("--kinds", default=",".join(KINDS), help="of text to measure on")
-    options.add_argument("--fitted", default="docstrings,licences", help="kinds to fit on")
+    options.add_argument("--fitted", default="mixed", help="kinds to fit on")
     given = options.parse_args(arguments)
     output = given.output
     if output == common.RESULTS:
@@ -44,16 +49,54 @@ def main(arguments: Sequence[str] | None = None, tokens: int = 51_200) -> None:
             loaded.model, given.pipeline, calibration=fitted, tokenizer=loaded.tokenizer,
             seed=given.seed,
         )  # fmt: skip
+        measured: list[Quality] = []
         for kind in given.kinds.split(","):
             found = api.evaluate(sparse, kind, calibration=fitted, **common.measuring(given))
             quality = found.quality
             assert quality is not None
+            measured.append(quality)
             tables.add(
                 f"fitted on {fitted}, measured on {kind}",
                 quality.render(100),
                 {"calibrated": fitted, "measured": kind, **quality.to_dict(),
                  "routing": encode(found.routing)},
             )  # fmt: skip
+        if len(measured) > 1:
+            rows = pooled(measured)
+            tables.add(f"fitted on {fitted}, all kinds", shown(rows),
+                       {"calibrated": fitted, "measured": given.kinds, "pooled": rows,
+                        "tokens": sum(q.tokens for q in measured)})  # fmt: skip
+
+
+def pooled(measured: Sequence[Quality]) -> list[dict[str, Any]]:
+    """Rows over the predicted tokens of all texts: the same models at the same budgets."""
+    total = sum(quality.tokens for quality in measured)
+    found = []
+    for first in measured[0].rows:
+        rows = [q.row(first.model, first.active) for q in measured]
+        if None in rows:
+            continue
+        same = [(row, q.tokens / total) for row, q in zip(rows, measured, strict=True) if row]
+        counted = [row.flops for row, _ in same if row.flops is not None]
+        found.append({
+            "model": first.model, "active": first.active,
+            "perplexity": math.exp(sum(math.log(row.perplexity) * part for row, part in same)),
+            "ratio": math.exp(sum(math.log(row.ratio) * part for row, part in same)),
+            "kl": sum((row.kl or 0.0) * part for row, part in same),
+            "flops": sum((row.flops or 0.0) * part for row, part in same)
+            if len(counted) == len(same) else None,
+        })  # fmt: skip
+    return found
+
+
+def shown(rows: Sequence[dict[str, Any]]) -> str:
+    """Pooled rows as lines of text."""
+    return "\n".join(
+        f"  {row['model']:<15} {row['active']:>5.0%}  perplexity {row['perplexity']:8.3f}"
+        f"  x{row['ratio']:.3f}  KL {row['kl']:.4f}"
+        + ("" if row["flops"] is None else f"  at {row['flops']:.1%} of the operations")
+        for row in rows
+    )
 
 
 if __name__ == "__main__":

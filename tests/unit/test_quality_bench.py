@@ -37,8 +37,15 @@ def test_text(script: Callable[[str], Any], tmp_path: Path) -> None:
         [*SMALL, "--tokens", "1024", "--fitted", "docstrings", "--kinds", "code,reference",
          "--pipeline", "hidden-route", "--output", str(out)]
     )  # fmt: skip
-    found = tables(out)
+    *found, both = tables(out)
     assert [t["measured"] for t in found] == ["code", "reference"]
+    rows = [(row["model"], row["active"]) for row in both["pooled"]]
+    assert rows == [(row["model"], row["active"]) for row in found[0]["rows"]]
+    tokens = [t["tokens"] for t in found]
+    one, two = (t["rows"][2] for t in found)
+    mean = (one["kl"] * tokens[0] + two["kl"] * tokens[1]) / sum(tokens)
+    assert both["pooled"][2]["kl"] == pytest.approx(mean)
+    assert both["tokens"] == sum(tokens)
     models = [(row["model"], row["active"]) for row in found[0]["rows"]]
     assert models == [
         ("dense", 1.0), ("routed", 1.0), ("routed", 0.5), ("static pruning", 0.5), ("TEAL", 0.5),
