@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 import sparsify
 from sparsify import api
 from sparsify.counted import Tally
+from sparsify.evaluate import quality
 from sparsify.passes._gates import both
 from sparsify.runtime.gated import Factor, GatedLinear
 from sparsify.runtime.inputs import FEW, RoutedLinear
@@ -104,12 +107,34 @@ def test_pass() -> None:
     assert all(m.neurons.all_live for m in gated)
 
 
-def test_evaluated_beside_baselines_and_saved(tmp_path: object) -> None:
+def test_lowered_runs_the_others_and_claims_hold_when_saved(tmp_path: Path) -> None:
+    tokens = torch.randint(3, 120, (16, 32), generator=torch.Generator().manual_seed(2))
+    model = sparsify.compile(captured("llama"), "hidden-route{gated=true}",
+                             calibration=tokens.split(4))  # fmt: skip
+    model.save(tmp_path / "out")
+    assert sparsify.verify(tmp_path / "out").ok
+    model.set_active(0.5)
+    ids = tokens[:1, :1]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        model.lower()  # no kernel for gated projections: eager runs for them
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_gates_that_come_later_are_not_used() -> None:
+    """Without a gate before it, and without calibration, up is routed as any projection."""
+    model = sparsify.compile(captured("llama"), "hidden-route{gated=true}")
+    assert not [m for m in model.modules() if isinstance(m, GatedLinear)]
+    tokens = torch.randint(3, 120, (16, 32), generator=torch.Generator().manual_seed(2))
+    model = sparsify.compile(captured("gpt2"), "hidden-route{gated=true}",
+                             calibration=tokens.split(4))  # fmt: skip
+    assert not [m for m in model.modules() if isinstance(m, GatedLinear)]
+
+
+def test_evaluated_beside_baselines_and_saved(tmp_path: Path) -> None:
     tokens = torch.randint(3, 120, (16, 32), generator=torch.Generator().manual_seed(2))
     model = sparsify.compile(captured("llama"), "hidden-route{gated=true at=*.mlp.*}",
                              calibration=tokens.split(4))  # fmt: skip
-    from sparsify.evaluate import quality
-
     found = quality(model, list(tokens.split(4)), text="t", active=[0.5],
                     calibration=list(tokens.split(4)),
                     run=lambda ids: model(input_ids=ids))  # fmt: skip
