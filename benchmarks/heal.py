@@ -55,10 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = copy.deepcopy(model)
     start = time.process_time()
     healed = heal(
-        model, given.text or given.fitted, train=given.train, active=given.active, steps=given.steps,
-        batch=given.batch, length=LENGTH, every=given.every, rate=given.rate, rank=given.rank,
-        mse=given.mse, half=given.half, patience=given.patience, checkpoint=given.checkpoint,
-        resume=given.resume, seed=1, progress=_shown(),
+        model, given.text or given.fitted, train=given.train, active=given.active,
+        steps=given.steps, minutes=given.minutes, batch=given.batch, length=LENGTH,
+        every=given.every, rate=given.rate, rank=given.rank, mse=given.mse, half=given.half,
+        patience=given.patience, checkpoint=given.checkpoint, resume=given.resume, seed=1,
+        progress=_shown(),
     )  # fmt: skip
     # what processes before this one spent is known to the checkpoint only
     spent = healed.cpu_seconds if given.resume else time.process_time() - start
@@ -94,6 +95,7 @@ def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--kinds", default="docstrings", help="of held-out text, commas between")
     options.add_argument("--train", choices=("routers", "lora", "routed", "all"), default="routers")
     options.add_argument("--steps", type=int, default=100)
+    options.add_argument("--minutes", type=float, help="of wall time, at most")
     options.add_argument("--batch", type=int, default=2, help=f"sequences of {LENGTH} a step")
     options.add_argument("--every", type=int, default=25)
     options.add_argument("--patience", type=int, default=3)

@@ -66,7 +66,7 @@ class Magnitude(Budgeted):
         return x.detach().float().abs() * self.scale
 
     def forward(self, x: Tensor) -> Tensor | None:
-        """x (..., in), centred -> bool (..., in), the live ones; None = all, and none are scored."""
+        """x (..., in), centred -> bool (..., in), which are live; None = all (none are scored)."""
         return None if self.all_live else self.live(self.scores(x))
 
     def options(self) -> dict[str, Any]:

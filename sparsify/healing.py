@@ -58,7 +58,10 @@ Progress = Callable[[str, int, int], None]
 # the same batches: untrained 0.516; routers and stand-ins at 1e-3 0.504; stand-ins at 1e-4 0.450,
 # at 3e-5 0.466; stand-ins at 1e-4 and routers at 4e-3 0.434. Whole runs end alike: perplexity 21.16
 # at 50.0% live after 64 steps with 1e-3 for both, 21.26 at 50.2% after 100 steps with these.
-RATES = {"routers": 4e-3, "stand-ins": 1e-4, "centres": 1e-4, "lora": 1e-3, "weights": 2e-5}
+RATES = {
+    "routers": 4e-3, "stand-ins": 1e-4, "centres": 2e-4, "lora": 1e-3, "routed": 2e-4,
+    "weights": 2e-5,
+}  # fmt: skip
 SETTLED = 2048  # tokens that thresholds are fitted on at the end
 WARMUP = 5  # steps
 

@@ -48,7 +48,8 @@ class Trainee:
     Attributes:
         groups: kind -> name -> parameter: ``routers`` (weights, biases), ``stand-ins`` (what is
             added for dead units), ``centres`` (what dead inputs of projections are replaced by),
-            ``lora`` (adapters), ``weights`` (all others).
+            ``lora`` (adapters), ``routed`` (weights of the routed modules, where only those
+            train), ``weights`` (all others).
     """
 
     model: SparseModel
@@ -96,7 +97,7 @@ class Trainee:
             shards.add_adapters(model, packed, rank=rank, count=pieces, seed=seed)
             groups["lora"] = lora.trained(model)
         if train == "routed":
-            groups["weights"] = inside
+            groups["routed"] = inside
         if train == "all":
             known = {id(p) for group in groups.values() for p in group.values()}
             known |= {id(module.offset) for module in tied}

@@ -89,7 +89,10 @@ def heal(
     checks.fraction("--start", start)
     checks.fraction("--ramp", ramp)
     for option, count in (
-        ("--steps", steps), ("--rank", rank), ("--every", every), ("--batch", batch)
+        ("--steps", steps),
+        ("--rank", rank),
+        ("--every", every),
+        ("--batch", batch),
     ):
         checks.at_least(option, count, 1)
     checks.at_least("--shards", shards, 0)

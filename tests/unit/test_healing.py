@@ -259,9 +259,7 @@ def test_projections_heal_and_stay_whole(train: Any, rate: float, tmp_path: Path
             made(input_ids=IDS, use_cache=False), whole(input_ids=IDS, use_cache=False)
         )
         made.set_active(0.5)
-    assert not torch.equal(
-        made(input_ids=IDS, use_cache=False).logits, wanted.logits
-    )
+    assert not torch.equal(made(input_ids=IDS, use_cache=False).logits, wanted.logits)
     made.save(tmp_path / "healed")
     again = sparsify.load(tmp_path / "healed")
     assert torch.equal(
@@ -323,3 +321,12 @@ def test_a_huge_token_counts_as_a_usual_one() -> None:
     same = torch.ones(1, 4, 8)  # none is above the median: plain sums
     found = healing_loss.relative_error({"a": same * 1.1}, {"a": same})
     assert float(found) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_thresholds_of_projections_are_fitted_anew() -> None:
+    made = thinned()  # with centres moved, then resettled on IDS
+    made.reset_counters()
+    made(input_ids=IDS, use_cache=False)
+    live = made.realised()
+    for path, router in routers(made):
+        assert live[path.removesuffix(".select")] == pytest.approx(router.active, abs=0.002)
