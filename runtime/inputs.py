@@ -129,40 +129,35 @@ class RoutedLinear(RoutedModule):
         if found is not None:
             return found
         width, out = self.columns.shape
-        flat = self.select.centred(x.reshape(-1, width))
-        tokens = len(flat)
-        masked = self.dispatch == "masked"
-        live: Tensor | None = self.select(flat)
+        flat = x.reshape(-1, width)
+        live: Tensor | None = self.select(self.select.centred(flat))
+        self.counter.seen(len(flat), width, flat.numel() if live is None else int(live.sum()))
+        y = self.product(flat, live)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], out)
+
+    def product(self, x: Tensor, live: Tensor | None) -> Tensor:
+        """x (T, in), not centred, over its live (T, in) features (None = all) -> (T, out)."""
+        centre = self.select.centre
+        if self.dispatch == "masked":
+            self.counter.rows += x.numel()
+            if live is not None:
+                x = x.masked_fill(~live, 0.0) if centre is None else _replaced(x, live, centre)
+            return x @ self.columns
+        flat = self.select.centred(x)
         if live is None:
-            self.counter.seen(tokens, width, tokens * width)
-            self.counter.rows += tokens * width
-            y = (x.reshape(-1, width) if masked else flat) @ self.columns
-        elif masked:
-            self.counter.seen(tokens, width, int(live.sum()))
-            self.counter.rows += live.numel()
-            y = self._replaced(x.reshape(-1, width), live) @ self.columns
+            self.counter.rows += flat.numel()
+            y = flat @ self.columns
         else:
-            pairs = int(live.sum())
-            self.counter.seen(tokens, width, pairs)
-            few = 0 < tokens <= FEW and x.device.type == "cpu" and x.dtype not in HALF
+            few = 0 < len(x) <= FEW and x.device.type == "cpu" and x.dtype not in HALF
             if few and not watched(x, self):
                 y = read_few(flat, live, self.columns, self.counter)
             else:
                 left, right = used_only(flat.masked_fill(~live, 0.0), live, self.columns)
                 self.counter.rows += left.numel()
                 y = left @ right
-        if self.offset is not None and not masked:
-            y = y + self.offset
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], out)
-
-    def _replaced(self, x: Tensor, live: Tensor) -> Tensor:
-        """x (T, in) with its dead features at their centres."""
-        centre = self.select.centre
-        if centre is None:
-            return x.masked_fill(~live, 0.0)
-        return torch.where(live, x, centre.to(x.dtype))
+        return y if self.offset is None else y + self.offset
 
     @torch.no_grad()
     def retie(self) -> None:
@@ -201,6 +196,11 @@ class RoutedLinear(RoutedModule):
 
     def extra_repr(self) -> str:
         return f"in={self.columns.shape[0]}, out={self.columns.shape[1]}"
+
+
+def _replaced(x: Tensor, live: Tensor, centre: Tensor) -> Tensor:
+    """x (T, in) with its dead features at their centres."""
+    return torch.where(live, x, centre.to(x.dtype))
 
 
 def read_few(x: Tensor, live: Tensor, columns: Tensor, counter: Counter) -> Tensor:
