@@ -65,6 +65,10 @@ class Magnitude(Budgeted):
         """x (..., in), centred -> (..., in), in float32."""
         return x.detach().float().abs() * self.scale
 
+    def forward(self, x: Tensor) -> Tensor | None:
+        """x (..., in), centred -> bool (..., in), which are live; None = all (none are scored)."""
+        return None if self.all_live else self.live(self.scores(x))
+
     def options(self) -> dict[str, Any]:
         centre = None if self.centre is None else dtype_name(self.centre.dtype)
         return {"features": self.routed, "centre": centre, **self.budget_options()}
@@ -92,6 +96,10 @@ class RoutedLinear(RoutedModule):
     With every feature live this is ``x @ columns + bias``, for ``offset = centre @ columns``. The
     selection has no gradient of its own (a threshold's is zero almost everywhere); a feature that
     is dead for a token passes none back to it.
+
+    Where it trains (``dispatch="masked"``) dead features are replaced by their centres before the
+    product, so what is given follows columns and centre while they move, and both get gradients;
+    :meth:`retie` then makes ``offset`` theirs again.
 
     Args:
         columns: (in, out), the transposed weight.
@@ -121,29 +129,41 @@ class RoutedLinear(RoutedModule):
         if found is not None:
             return found
         width, out = self.columns.shape
-        flat = self.select.centred(x.reshape(-1, width))
-        tokens = len(flat)
-        if self.select.all_live:
-            self.counter.seen(tokens, width, tokens * width)
-            self.counter.rows += tokens * width
-            y = flat @ self.columns
-        else:
-            live = self.select.live(self.select.scores(flat))
-            pairs = int(live.sum())
-            self.counter.seen(tokens, width, pairs)
-            few = 0 < tokens <= FEW and x.device.type == "cpu" and x.dtype not in HALF
-            if few and not watched(x, self):
-                y = read_few(flat, live, self.columns, self.counter)
-            else:
-                masked = flat.masked_fill(~live, 0.0)
-                left, right = used_only(masked, live, self.columns)
-                self.counter.rows += left.numel()
-                y = left @ right
-        if self.offset is not None:
-            y = y + self.offset
+        flat = x.reshape(-1, width)
+        live: Tensor | None = self.select(self.select.centred(flat))
+        self.counter.seen(len(flat), width, flat.numel() if live is None else int(live.sum()))
+        y = self.product(flat, live)
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], out)
+
+    def product(self, x: Tensor, live: Tensor | None) -> Tensor:
+        """x (T, in), not centred, over its live (T, in) features (None = all) -> (T, out)."""
+        centre = self.select.centre
+        if self.dispatch == "masked":
+            self.counter.rows += x.numel()
+            if live is not None:
+                x = x.masked_fill(~live, 0.0) if centre is None else _replaced(x, live, centre)
+            return x @ self.columns
+        flat = self.select.centred(x)
+        if live is None:
+            self.counter.rows += flat.numel()
+            y = flat @ self.columns
+        else:
+            few = 0 < len(x) <= FEW and x.device.type == "cpu" and x.dtype not in HALF
+            if few and not watched(x, self):
+                y = read_few(flat, live, self.columns, self.counter)
+            else:
+                left, right = used_only(flat.masked_fill(~live, 0.0), live, self.columns)
+                self.counter.rows += left.numel()
+                y = left @ right
+        return y if self.offset is None else y + self.offset
+
+    @torch.no_grad()
+    def retie(self) -> None:
+        """Set ``offset`` to what centre and columns give, after a change of either."""
+        if self.offset is not None and self.select.centre is not None:
+            self.offset.copy_(self.select.centre.to(self.columns.dtype) @ self.columns)
 
     def dense_weights(self) -> dict[str, Tensor]:
         found = {"weight": self.columns.detach().t()}
@@ -176,6 +196,11 @@ class RoutedLinear(RoutedModule):
 
     def extra_repr(self) -> str:
         return f"in={self.columns.shape[0]}, out={self.columns.shape[1]}"
+
+
+def _replaced(x: Tensor, live: Tensor, centre: Tensor) -> Tensor:
+    """x (T, in) with its dead features at their centres."""
+    return torch.where(live, x, centre.to(x.dtype))
 
 
 def read_few(x: Tensor, live: Tensor, columns: Tensor, counter: Counter) -> Tensor:

@@ -29,6 +29,7 @@ from sparsify.runtime.router import Router
 from sparsify.runtime.rule import Selection
 from sparsify.runtime.spec import Dispatch, RoutedModule
 
+FOLLOWED = 2**17  # scores of a batch that a threshold follows, about: whole tokens, evenly spread
 SETTLED_AT = (0.25, 0.5, 0.75)  # budgets that thresholds are settled at, as when compiling
 
 
@@ -161,9 +162,11 @@ class Thresholds:
         """Move the threshold towards what the budget wants of these scores."""
         share = router.budget / router.routed
         if torch.is_grad_enabled() and 0 < share < 1:
-            ranked = router.keys(scores.detach()).flatten().float().sort().values
-            at = min(round((1 - share) * len(ranked)), len(ranked) - 1)
-            wanted = float(ranked[max(at - 1, 0)]) - (float(router.threshold) - router.drift)
+            step = max(scores.numel() // FOLLOWED, 1)
+            keys = router.keys(scores.detach()).flatten(0, -2)[::step].flatten().float()
+            at = min(round((1 - share) * len(keys)), len(keys) - 1)
+            cut = float(keys.kthvalue(max(at, 1)).values)
+            wanted = cut - (float(router.threshold) - router.drift)
             self.shifts[index] += self.rate * (wanted - self.shifts[index])
         self._put(index, router)
 

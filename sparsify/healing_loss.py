@@ -28,6 +28,7 @@ from sparsify.runtime.spec import RoutedModule
 from sparsify.static_pruning import all_live
 
 _POSITIONS = 64  # log-probabilities of this many positions at a time
+_TINY = torch.finfo(torch.float32).tiny
 IGNORED = -100  # the label of tokens that do not count
 
 
@@ -98,6 +99,7 @@ class Distiller:
         kl, mse, ce: how much each part counts; parts that count 0 are not computed.
         teacher: a dense model called like ``model``; None = the model itself at its dense limit,
             without its adapters. That is right as long as none of the weights in use there train.
+        half: both run under autocast to bfloat16; weights and their gradients stay as they are.
     """
 
     model: nn.Module
@@ -105,6 +107,7 @@ class Distiller:
     mse: float = 1.0
     ce: float = 0.0
     teacher: nn.Module | None = None
+    half: bool = False
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, dict[str, float]]:
         """(loss, its parts) on one batch.
@@ -118,9 +121,15 @@ class Distiller:
         inputs.setdefault("use_cache", False)
         mine: dict[str, Tensor] = {}
         theirs: dict[str, Tensor] = {}
-        with torch.no_grad(), self.dense() as teacher, _taps(teacher, theirs, bool(self.mse)):
+        with (
+            torch.no_grad(),
+            self.dense() as teacher,
+            _taps(teacher, theirs, bool(self.mse)),
+            self._cast(),
+        ):
             wanted = logits_of(teacher(**inputs))
-        with _taps(self.model, mine, bool(self.mse)):
+        # a context of its own: a weight that is cast without gradients is kept until the end of one
+        with _taps(self.model, mine, bool(self.mse)), self._cast():
             logits = logits_of(self.model(**inputs))
         counts = _counting(labels, mask, logits)
         loss = logits.new_zeros((), dtype=torch.float32)
@@ -139,6 +148,12 @@ class Distiller:
             loss, parts["ce"] = loss + self.ce * ce, float(ce.detach())
         return loss, parts
 
+    def _cast(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.half:
+            return contextlib.nullcontext()
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, dtype=torch.bfloat16)
+
     @contextlib.contextmanager
     def dense(self) -> Iterator[nn.Module]:
         """The teacher, ready to run."""
@@ -150,7 +165,12 @@ class Distiller:
 
 
 def relative_error(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
-    """Mean over regions of ``|mine - theirs|^2 / |theirs|^2``."""
+    """Mean over regions of ``|mine - theirs|^2 / |theirs|^2``, both summed over tokens.
+
+    A token whose ``|theirs|^2`` is above the region's median is weighed down to it: the first one
+    of a sequence can be thousands of times as large as others (attention sinks), and nothing else
+    would count beside it.
+    """
     if not mine:
         raise BadInput(
             "the model has no routed regions to compare", help="compile it first, or mse=0"
@@ -158,8 +178,10 @@ def relative_error(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> 
     errors = []
     for path, y in mine.items():
         wanted = theirs[path].float()
-        scale = wanted.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        errors.append((y.float() - wanted).square().sum() / scale)
+        size = wanted.square().sum(-1)
+        weight = size.median() / size.maximum(size.median()).clamp_min(_TINY)
+        lost = (y.float() - wanted).square().sum(-1)
+        errors.append((weight * lost).sum() / (weight * size).sum().clamp_min(_TINY))
     return torch.stack(errors).mean()
 
 

@@ -23,14 +23,16 @@ from sparsify.errors import BadCheckpoint, BadInput
 from sparsify.runtime import lora, shards
 from sparsify.runtime.budget import TABLES, Budgeted
 from sparsify.runtime.files import new_folder, read_json, sha256, write_json
+from sparsify.runtime.inputs import RoutedLinear
 from sparsify.runtime.model import SparseModel
 from sparsify.runtime.spec import RoutedModule
 
 if TYPE_CHECKING:
     from sparsify.runtime.training import Thresholds
 
-Train = Literal["routers", "lora", "all"]
+Train = Literal["routers", "lora", "routed", "all"]
 TRAIN: tuple[Train, ...] = get_args(Train)
+WHOLE = ("routed", "all")  # the weights themselves train: the dense teacher is a copy
 STATE, TENSORS, FORMAT = "state.json", "tensors.safetensors", 1
 STAND_INS = ("dropped", "slopes", "vectors")  # of routed modules, for dead units
 _NAMED = re.compile(r"step-(\d{5,})")
@@ -45,13 +47,16 @@ class Trainee:
 
     Attributes:
         groups: kind -> name -> parameter: ``routers`` (weights, biases), ``stand-ins`` (what is
-            added for dead units), ``lora`` (adapters), ``weights`` (all others).
+            added for dead units), ``centres`` (what dead inputs of projections are replaced by),
+            ``lora`` (adapters), ``routed`` (weights of the routed modules, where only those
+            train), ``weights`` (all others).
     """
 
     model: SparseModel
     train: Train
-    groups: dict[str, dict[str, nn.Parameter]]
+    groups: dict[str, dict[str, Tensor]]
     _flags: list[tuple[nn.Parameter, bool]]
+    _tied: list[RoutedLinear]
     _start: dict[str, Tensor]
 
     @classmethod
@@ -64,15 +69,18 @@ class Trainee:
             BadInput: there is nothing to train.
         """
         flags = [(p, p.requires_grad) for p in model.parameters()]
-        if train == "all":
+        if train in WHOLE:
             if model._borrowed:
                 model._own_parameters(copies=True)
             flags = [(p, p.requires_grad) for p in model.parameters()]
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        groups: dict[str, dict[str, nn.Parameter]] = {"routers": {}, "stand-ins": {}}
-        packed = []
+        groups: dict[str, dict[str, Tensor]] = {"routers": {}, "stand-ins": {}, "centres": {}}
+        packed, inside, tied = [], {}, []
         for path, module in model.named_modules():
+            if isinstance(module, RoutedLinear) and module.offset is not None:
+                tied.append(module)
+                groups["centres"][f"{path}.select.centre"] = module.select.get_buffer("centre")
             for leaf, parameter in module._parameters.items():
                 if parameter is None or not parameter.is_floating_point():
                     continue
@@ -81,13 +89,18 @@ class Trainee:
                     groups["routers"][name] = parameter
                 elif isinstance(module, RoutedModule) and leaf in STAND_INS:
                     groups["stand-ins"][name] = parameter
-                elif isinstance(module, RoutedModule) and parameter.dim() >= 2:
-                    packed.append(name)
+                elif isinstance(module, RoutedModule) and not _is_tied(module, leaf):
+                    inside[name] = parameter
+                    if parameter.dim() >= 2:
+                        packed.append(name)
         if train == "lora":
             shards.add_adapters(model, packed, rank=rank, count=pieces, seed=seed)
-            groups["lora"] = lora.trained(model)
+            groups["lora"] = dict(lora.trained(model))
+        if train == "routed":
+            groups["routed"] = inside
         if train == "all":
             known = {id(p) for group in groups.values() for p in group.values()}
+            known |= {id(module.offset) for module in tied}
             rest = {n: p for n, p in model.named_parameters() if id(p) not in known}
             groups["weights"] = {n: p for n, p in rest.items() if p.is_floating_point()}
         groups = {kind: group for kind, group in groups.items() if group}
@@ -97,14 +110,15 @@ class Trainee:
                 help="sparsify compile MODEL -p ffn-moe -o OUT",
             )
         for group in groups.values():
-            for parameter in group.values():
-                parameter.requires_grad_(True)
+            for trains in group.values():
+                trains.requires_grad_(True)
         start = {n: p.detach().clone() for g in groups.values() for n, p in g.items()}
         start |= {n: t.clone() for n, t in tables(model).items()}
-        return cls(model, train, groups, flags, start)
+        start |= {name: offset.clone() for name, offset in _offsets(tied)}
+        return cls(model, train, groups, flags, tied, start)
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, Tensor]:
         """name -> parameter, of all groups."""
         return {name: p for group in self.groups.values() for name, p in group.items()}
 
@@ -122,10 +136,15 @@ class Trainee:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
+        for module in self._tied:
+            module.retie()
 
     def undo(self) -> None:
         """The model as it was before: weights, tables, no adapters."""
         self.put(self._start)
+        with torch.no_grad():
+            for name, offset in _offsets(self._tied):  # bit for bit, on whatever machine
+                offset.copy_(self._start[name])
         put_tables(self.model, self._start)
         lora.remove(self.model)
 
@@ -137,6 +156,19 @@ class Trainee:
         """Let train what trained before."""
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
+        for centre in self.groups.get("centres", {}).values():  # a buffer
+            centre.requires_grad_(False)
+
+
+def _offsets(tied: list[RoutedLinear]) -> Iterator[tuple[str, Tensor]]:
+    for number, module in enumerate(tied):
+        if module.offset is not None:
+            yield f"{number}.offset", module.offset.detach()
+
+
+def _is_tied(module: nn.Module, leaf: str) -> bool:
+    """Whether a parameter follows from others: a projection's offset, from centre and columns."""
+    return isinstance(module, RoutedLinear) and leaf == "offset"
 
 
 def tables(model: nn.Module) -> dict[str, Tensor]:

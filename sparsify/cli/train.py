@@ -12,7 +12,7 @@ from sparsify.cli.app import QuietFlag, SavedArgument, SeedOption, app
 from sparsify.cli.progress import bars
 from sparsify.errors import BadInput
 
-TRAIN = ("routers", "lora", "all")
+TRAIN = ("routers", "lora", "routed", "all")
 SHAPES = ("linear", "cosine", "cubic")
 
 
@@ -33,7 +33,7 @@ def heal(
         typer.Option("--output", "-o", metavar="OUT2", help="Folder to write.", show_default=False),
     ],
     train: Annotated[
-        str, typer.Option(metavar="WHAT", help="What trains: routers | lora | all.")
+        str, typer.Option(metavar="WHAT", help="What trains: routers | lora | routed | all.")
     ] = "lora",
     active: Annotated[
         float | None,
@@ -45,6 +45,10 @@ def heal(
     ] = None,
     rate: Annotated[float, typer.Option(metavar="R", help="Factor on the learning rates.")] = 1.0,
     rank: Annotated[int, typer.Option(metavar="N", help="Rank of the changes under lora.")] = 8,
+    batch: Annotated[int, typer.Option(metavar="N", help="Sequences of a step.")] = 2,
+    half: Annotated[
+        bool, typer.Option("--half", help="Train in bfloat16; weights and measures stay float32.")
+    ] = False,
     shards: Annotated[
         int,
         typer.Option(metavar="N", help="Shards of a vector, in pools for all weights; 0 = none."),
@@ -84,7 +88,12 @@ def heal(
         checks.among("--schedule", schedule, SHAPES)
     checks.fraction("--start", start)
     checks.fraction("--ramp", ramp)
-    for option, count in (("--steps", steps), ("--rank", rank), ("--every", every)):
+    for option, count in (
+        ("--steps", steps),
+        ("--rank", rank),
+        ("--every", every),
+        ("--batch", batch),
+    ):
         checks.at_least(option, count, 1)
     checks.at_least("--shards", shards, 0)
     for option, number in (("--rate", rate), ("--minutes", minutes)):
@@ -103,12 +112,14 @@ def heal(
         found = train_it(
             model,
             text,
-            train=cast("Literal['routers', 'lora', 'all']", train),
+            train=cast("Literal['routers', 'lora', 'routed', 'all']", train),
             active=active,
             steps=steps,
             minutes=minutes,
             rate=rate,
             rank=rank,
+            batch=batch,
+            half=half,
             shards=shards,
             schedule=cast("Literal['linear', 'cosine', 'cubic'] | None", schedule),
             start=start,

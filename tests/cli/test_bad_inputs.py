@@ -268,6 +268,7 @@ SAVED = (
     Row("heal: no text", "heal saved --text x.txt -o out", ("x.txt",), prepare=saved),
     Row("heal: what", "heal saved --text docstrings -o out --train router", ("mean 'routers'?",)),
     Row("heal: steps", "heal saved --text docstrings -o out --steps 0", ("at least 1",)),
+    Row("heal: batch", "heal saved --text docstrings -o out --batch 0", ("at least 1",)),
     Row("heal: rate", "heal saved --text docstrings -o out --rate 0", ("--rate cannot be 0",)),
     Row("heal: minutes", "heal saved --text docstrings -o out --minutes nan", ("--minutes",)),
     Row("heal: budget", "heal saved --text docstrings -o out --active 2", ("--active cannot be",)),

@@ -47,6 +47,9 @@ def test_heal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"perplexity", "kl", "live"} <= set(curves["evaluations"][0])
     assert not Path("out.healing").exists()
     assert sparsify.verify("out").ok
+    words = "heal saved --text docstrings -o again --train routed --half --batch 1 --steps 2 -q"
+    assert main(words.split()) == 0
+    assert sparsify.verify("again").ok
 
 
 def lettered(folder: Path) -> None:

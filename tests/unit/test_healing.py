@@ -15,6 +15,8 @@ from sparsify import healing, healing_loss
 from sparsify.errors import BadCheckpoint, BadInput, OutputError
 from sparsify.healing import heal
 from sparsify.runtime.dial import routers
+from sparsify.runtime.inputs import RoutedLinear
+from sparsify.runtime.training import resettle
 from tests.contract.zoo_captures import captured
 
 IDS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -205,3 +207,126 @@ def test_divergence_is_kl_with_its_gradient() -> None:
     )  # fmt: skip
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(got, torch.autograd.grad(expected * 2, mine)[0])
+
+
+# ---------------------------------------------------------------------------- hidden-route
+
+
+def thinned() -> Any:
+    made = sparsify.compile(
+        captured("llama"), "hidden-route{at=*.mlp.*}", calibration=[IDS[:8]], active=0.5,
+        share=False,
+    )  # fmt: skip
+    with torch.no_grad():  # centres that are plainly wrong; the dense limit is as it was
+        for module in made.modules():
+            if isinstance(module, RoutedLinear):
+                assert module.select.centre is not None
+                module.select.centre.add_(0.3)
+                module.retie()
+    resettle(made, lambda: made(input_ids=IDS, use_cache=False))
+    return made
+
+
+def projections(made: Any) -> dict[str, RoutedLinear]:
+    return {n: m for n, m in made.named_modules() if isinstance(m, RoutedLinear)}
+
+
+@pytest.mark.parametrize(
+    ("train", "rate"), [("routers", 30.0), ("lora", 3.0), ("routed", 30.0), ("all", 30.0)]
+)
+def test_projections_heal_and_stay_whole(train: Any, rate: float, tmp_path: Path) -> None:
+    made = thinned()
+    before = state(made)
+    wanted = made(input_ids=IDS, use_cache=False)
+    found = heal(made, [IDS], train=train, rate=rate, **OPTIONS)
+    assert found.improved
+    assert found.final["kl"] < found.start["kl"]
+    assert found.final["live"] == pytest.approx(found.start["live"], abs=0.03)
+    changed = {n for n, t in state(made).items() if not torch.equal(t, before[n])}
+    assert any(n.endswith("select.centre") for n in changed)
+    assert any(n.endswith("columns") for n in changed) == (train != "routers")
+    assert any("q_proj" in n for n in changed) == (train == "all")
+    for module in projections(made).values():  # the offset is still that of centre and columns
+        assert module.offset is not None and module.select.centre is not None
+        torch.testing.assert_close(module.offset, module.select.centre @ module.columns)
+        assert not module.select.centre.requires_grad
+    assert sparsify.verify(made).ok
+    if train == "routers":  # the dense limit is the one before
+        made.set_active(1.0)
+        whole = thinned()
+        whole.set_active(1.0)
+        torch.testing.assert_close(
+            made(input_ids=IDS, use_cache=False), whole(input_ids=IDS, use_cache=False)
+        )
+        made.set_active(0.5)
+    assert not torch.equal(made(input_ids=IDS, use_cache=False).logits, wanted.logits)
+    made.save(tmp_path / "healed")
+    again = sparsify.load(tmp_path / "healed")
+    assert torch.equal(
+        again(input_ids=IDS, use_cache=False).logits, made(input_ids=IDS, use_cache=False).logits
+    )
+
+
+def test_projections_that_do_not_get_better_are_as_they_were() -> None:
+    made = thinned()
+    before = state(made)
+    found = heal(made, [IDS], train="routed", rate=1e5, **OPTIONS)
+    assert not found.improved
+    assert all(torch.equal(t, before[n]) for n, t in state(made).items())
+
+
+def test_projections_resume_to_the_straight_run(tmp_path: Path) -> None:
+    straight, broken = thinned(), thinned()
+    heal(straight, [IDS], train="routed", rate=10.0, **OPTIONS)
+
+    def kill(event: str, done: int, total: int) -> None:
+        if event == "heal" and done == 6:
+            raise Killed
+
+    options = {**OPTIONS, "train": "routed", "rate": 10.0, "checkpoint": tmp_path / "c"}
+    with pytest.raises(Killed):
+        heal(broken, [IDS], progress=kill, **options)
+    heal(broken, [IDS], resume=True, **options)
+    mine, theirs = state(straight), state(broken)
+    assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+def test_half_trains_in_bfloat16_and_keeps_float32() -> None:
+    made, seen = thinned(), set[tuple[bool, bool]]()
+    projection = next(iter(projections(made).values()))
+    hook = projection.register_forward_hook(
+        lambda m, i, o: seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+    )
+    found = heal(made, [IDS], train="routed", rate=30.0, half=True, **OPTIONS)
+    hook.remove()
+    assert (True, True) in seen  # steps
+    assert (False, False) in seen  # measures
+    assert (True, False) not in seen
+    assert found.improved
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert found.final["kl"] < found.start["kl"]
+
+
+def test_a_huge_token_counts_as_a_usual_one() -> None:
+    g = torch.Generator().manual_seed(0)
+    theirs = torch.randn(2, 9, 8, generator=g)
+    theirs[:, 0] *= 1000.0  # an attention sink
+    others = theirs.clone()
+    others[:, 1:] *= 1.1  # 1 % of what they are, squared
+    found = healing_loss.relative_error({"a": others}, {"a": theirs})
+    assert 0.008 < float(found) < 0.01  # by plain sums 1e-7
+    sink = theirs.clone()
+    sink[:, 0] *= 1.1
+    assert float(healing_loss.relative_error({"a": sink}, {"a": theirs})) < 0.002
+    same = torch.ones(1, 4, 8)  # none is above the median: plain sums
+    found = healing_loss.relative_error({"a": same * 1.1}, {"a": same})
+    assert float(found) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_thresholds_of_projections_are_fitted_anew() -> None:
+    made = thinned()  # with centres moved, then resettled on IDS
+    made.reset_counters()
+    made(input_ids=IDS, use_cache=False)
+    live = made.realised()
+    for path, router in routers(made):
+        assert live[path.removesuffix(".select")] == pytest.approx(router.active, abs=0.002)
