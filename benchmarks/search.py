@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None, loaded: Loaded | None = None) -
     found = search(
         loaded.model, given.target, passes=given.passes, calibration=given.calibration,
         tokenizer=loaded.tokenizer, tokens=given.searched, rounds=given.rounds,
-        points=given.points, progress=lambda what, at, of: at == of and print(what, flush=True),
+        points=given.points, progress=said,
     )  # fmt: skip
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     minutes = {"wall": wall / 60, f"cpu_over_{CORES}_cores": cpu / 60 / CORES}
@@ -85,6 +85,12 @@ def main(arguments: Sequence[str] | None = None, loaded: Loaded | None = None) -
         if row["gap_closed"] is not None:
             line += ", {gap_closed:.0%} of the even budget's gap, within {within}"
         print(line.format(**row), flush=True)
+
+
+def said(what: str, at: int, of: int) -> None:
+    """Print how far it is, not too often."""
+    if at == of or at % 40 == 0:
+        print(f"{what} {at}/{of}", flush=True)
 
 
 @dataclasses.dataclass
