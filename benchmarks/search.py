@@ -3,118 +3,180 @@
 ``python benchmarks/search.py`` searches SmolLM2-135M for 60 % of the dense FLOPs with hidden-route,
 then measures every setting that was tried at that cost on the held-out half of two kinds of text:
 perplexity beside the dense model's, and how much of the even budget's gap the search closes. Costs
-are counted again there, by the units that were really live. Writes benchmarks/results/search.json.
+are counted again there, by the units that were really live. Intervals are paired bootstraps over
+texts. Writes benchmarks/results/search.json, again after every few sequences: a run cut short has
+measured fewer tokens.
+
+The search's time is given twice, by the clock and as CPU seconds of the process over two cores: on
+a machine that others use, the clock says little.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
-import math
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparsify import api
-from sparsify.corpus import token_blocks
+from sparsify.bootstrap import Bootstrap
+from sparsify.corpus import token_text
 from sparsify.costs import routed_cost
-from sparsify.models import load_model
-from sparsify.pipeline import Placed
+from sparsify.evaluate import Score
+from sparsify.models import Loaded, load_model
+from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.counters import counters, reset
-from sparsify.runtime.dial import set_active, set_each
+from sparsify.runtime.dial import routers, set_each
+from sparsify.runtime.model import SparseModel
 from sparsify.searching import PASSES, search
-from sparsify.searching_measure import divergence
-from sparsify.text import parse
+from sparsify.searching_result import Search
 
 KINDS = ("docstrings", "licences")
+CORES = 2
+EVERY = 4  # batches of a text between two writes
 RESULTS = Path(__file__).parent / "results" / "search.json"
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None, loaded: Loaded | None = None) -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--target", default="flops=0.6")
     options.add_argument("--passes", default=PASSES)
-    options.add_argument("--calibration", default="docstrings")
-    options.add_argument("--tokens", type=int, default=4096, help="of each held-out text")
+    options.add_argument("--calibration", default="mixed")
+    options.add_argument("--tokens", type=int, default=25600, help="of each held-out text")
     options.add_argument("--searched", type=int, default=512, help="tokens that are searched on")
     options.add_argument("--rounds", type=int, default=1)
     options.add_argument("--points", type=int, default=6)
     options.add_argument("--output", type=Path, default=RESULTS)
-    given = options.parse_args()
-    loaded: Any = load_model("smollm2")
-    start = time.perf_counter()
+    given = options.parse_args(arguments)
+    if "active" in given.passes:
+        options.error("budgets are what is searched: --passes has no active=")
+    loaded = loaded or load_model("smollm2")
+    wall, cpu = time.perf_counter(), time.process_time()
     found = search(
         loaded.model, given.target, passes=given.passes, calibration=given.calibration,
         tokenizer=loaded.tokenizer, tokens=given.searched, rounds=given.rounds,
-        points=given.points, progress=lambda what, at, of: at == of and print(what, flush=True),
+        points=given.points, progress=said,
     )  # fmt: skip
-    took = time.perf_counter() - start
-    print(found.text_table(width=120), f"\nsearched in {took / 60:.1f} minutes", flush=True)
-    placed: list[Placed] = []
-    sparse = api.compile(
-        loaded.model, given.passes, calibration=given.calibration, tokenizer=loaded.tokenizer,
-        verify="off", on_step=lambda _, state: placed.extend(state.placed[len(placed) :]),
-    )  # fmt: skip
-    rows = []
-    for kind in KINDS:
-        _, batches = token_blocks(kind, loaded.tokenizer, limit=given.tokens, split="held-out")
-        ids = [row for batch in batches for row in batch.split(1)]
-        dense: list[torch.Tensor] = []
-        base = even = 0.0
-        for candidate in (None, *found.tried):
-            set_active(sparse.graph, 1.0)
-            if candidate is not None:
-                stages = parse(candidate.pipeline)
-                at = {p: stages[p.stage].options_at(p.region).get("active", 1.0) for p in placed}
-                set_each(sparse.graph, {r: float(at[p]) for p in placed for r in p.routers})
-            nll, kl, share = run(sparse, ids, dense)
-            perplexity = math.exp(nll)
-            base = base or perplexity
-            name = candidate.name if candidate else "dense"
-            even = perplexity if name == "even" else even
-            closed = (even - perplexity) / (even - base) if even > base else 0.0
-            row = {"text": kind, "setting": name, "perplexity": perplexity, "kl": kl}
-            row |= {"ratio": perplexity / base, "flops": share, "gap_closed": closed}
-            rows.append(row)
-            print(
-                f"{kind:<12}{name:<18}{share:>8.3f} of the FLOPs, perplexity {perplexity:.2f}, x "
-                f"{perplexity / base:.3f}, KL {kl:.4f}, {closed:.0%} of the even budget's gap",
-                flush=True,
-            )
-    report = {"model": "smollm2", "machine": api.machine(), "minutes": took / 60}
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    minutes = {"wall": wall / 60, f"cpu_over_{CORES}_cores": cpu / 60 / CORES}
+    print(found.text_table(width=120))
+    print(f"\nsearched in {wall / 60:.1f} minutes; {cpu / 60:.1f} CPU minutes", flush=True)
+    report: dict[str, Any] = {"model": loaded.name, "machine": api.machine(), "minutes": minutes}
+    texts = [Text.of(kind, loaded.tokenizer, given.tokens, found) for kind in KINDS]
     given.output.parent.mkdir(exist_ok=True)
-    given.output.write_text(
-        json.dumps({**report, "rows": rows, "search": found.to_dict()}, indent=1) + "\n"
-    )
+    going = [text.measure() for text in texts]
+    rows: list[dict[str, Any]] = []
+    for _ in itertools.zip_longest(*going):  # in turns
+        rows = [row for text in texts for row in text.rows()]
+        report |= {"rows": rows, "search": found.to_dict()}
+        given.output.write_text(json.dumps(report, indent=1) + "\n")
+    for row in rows:
+        line = "{text:<12}{setting:<18}{flops:>8.3f} of the FLOPs, perplexity x {ratio:.3f}, "
+        line += "KL {kl:.4f}"
+        if row["gap_closed"] is not None:
+            line += ", {gap_closed:.0%} of the even budget's gap, within {within}"
+        print(line.format(**row), flush=True)
 
 
-def run(
-    sparse: Any, ids: list[torch.Tensor], dense: list[torch.Tensor]
-) -> tuple[float, float, float]:
-    """(negative log-likelihood, KL to dense, counted FLOPs over dense); fills ``dense`` first."""
-    first = not dense
-    reset(sparse)
-    nll = kl = 0.0
-    count = 0
-    with torch.no_grad():
-        for number, row in enumerate(ids):
-            logits = sparse(input_ids=row, use_cache=False).logits
-            if first:  # half precision: 4,096 tokens are 0.4 GB
-                dense.append(logits.log_softmax(-1).half())
-            values, lost = divergence(logits, dense[number].float(), row)
-            nll, kl, count = nll + lost, kl + float(values.sum()), count + len(values)
-    live = {
-        sparse.get_submodule(path): c.live_fraction for path, c in counters(sparse) if c.units_total
-    }
-    nodes = [n for n in sparse.graph.graph.nodes if n.op == "call_module"]
-    report = sparse.report
-    spent = routed_cost(sparse.graph, nodes, context=report.context, live=live)
-    set_active(sparse.graph, 1.0)
-    routed = routed_cost(sparse.graph, nodes, context=report.context)
-    flops = report.sparse.flops_per_token - routed.flops + spent.flops
-    return nll / count, kl / count, flops / report.dense.flops_per_token
+def said(what: str, at: int, of: int) -> None:
+    """Print how far it is, not too often."""
+    if at == of or at % 40 == 0:
+        print(f"{what} {at}/{of}", flush=True)
+
+
+@dataclasses.dataclass
+class Text:
+    """Held-out text, and what every setting does to it.
+
+    Attributes:
+        batches: token ids; starts: of every row, the text that it starts in.
+        settings: name -> budgets, the dense limit first.
+        scores, live: of every setting: sums, and path -> [live units, all units].
+    """
+
+    kind: str
+    sparse: SparseModel
+    batches: list[torch.Tensor]
+    starts: tuple[int, ...]
+    settings: dict[str, dict[Budgeted, float]]
+
+    def __post_init__(self) -> None:
+        self.scores = {name: Score() for name in self.settings}
+        self.live: dict[str, dict[str, list[int]]] = {name: {} for name in self.settings}
+
+    @classmethod
+    def of(cls, kind: str, tokenizer: Any, tokens: int, found: Search) -> Text:
+        """``tokens`` of the held-out half of ``kind``, for all that a search tried."""
+        assert found.sparse is not None
+        text = token_text(kind, tokenizer, limit=tokens, split="held-out")
+        everything = {router: 1.0 for _, router in routers(found.sparse)}
+        settings = {"dense": everything}
+        settings |= {name: {**everything, **each} for name, each in found.settings.items()}
+        return cls(kind, found.sparse, list(text.batches), text.texts, settings)
+
+    def measure(self) -> Iterator[None]:
+        """Run every setting over the text; now and then, the caller may look."""
+        for number, ids in enumerate(self.batches):
+            dense: torch.Tensor | None = None
+            for name, setting in self.settings.items():
+                set_each(self.sparse.graph, setting)
+                reset(self.sparse)
+                with torch.no_grad():
+                    logits = self.sparse(input_ids=ids, use_cache=False).logits
+                if dense is None:
+                    dense = logits.float().log_softmax(-1)
+                for row in range(len(ids)):
+                    one = slice(row, row + 1)
+                    self.scores[name].add(logits[one], dense[one], ids[one])
+                for path, counter in counters(self.sparse):
+                    sums = self.live[name].setdefault(path, [0, 0])
+                    sums[0] += counter.units_live
+                    sums[1] += counter.units_total
+            if (number + 1) % EVERY == 0 or number + 1 == len(self.batches):
+                yield
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One for every setting, on what was measured so far."""
+        nll = {name: np.array([row[1] for row in s.rows]) for name, s in self.scores.items()}
+        counts = np.array([row[0] for row in self.scores["dense"].rows])
+        draws = Bootstrap(self.starts[: len(counts)])
+        drawn = draws.sums(np.stack([counts, *nll.values()], axis=1))
+        perplexities = dict(zip(nll, np.exp(drawn[:, 1:] / drawn[:, :1]).T, strict=True))
+        base, even = self.scores["dense"].perplexity, self.scores.get("even", Score()).perplexity
+        for name, score in self.scores.items():
+            gap = within = None
+            if "even" in perplexities and name not in ("dense", "even"):
+                gap = (even - score.perplexity) / (even - base)
+                others = perplexities["even"] - perplexities[name]
+                interval = draws.within(others / (perplexities["even"] - perplexities["dense"]))
+                within = interval and (round(interval.low, 4), round(interval.high, 4))
+            yield {
+                "text": self.kind, "setting": name, "tokens": score.tokens,
+                "perplexity": score.perplexity, "ratio": score.perplexity / base,
+                "kl": score.mean_kl, "top1": score.top1, "flops": self._share(name),
+                "gap_closed": gap, "within": within,
+            }  # fmt: skip
+
+    def _share(self, name: str) -> float:
+        """FLOPs over the dense model's, with as many units live as were counted."""
+        sparse, report = self.sparse, self.sparse.report
+        nodes = [n for n in sparse.graph.graph.nodes if n.op == "call_module"]
+        set_each(sparse.graph, self.settings["dense"])  # as the report counted it
+        whole = routed_cost(sparse.graph, nodes, context=report.context)
+        set_each(sparse.graph, self.settings[name])
+        real = {sparse.get_submodule(p): a / b for p, (a, b) in self.live[name].items() if b}
+        spent = routed_cost(sparse.graph, nodes, context=report.context, live=real)
+        flops = report.sparse.flops_per_token - whole.flops + spent.flops
+        return float(flops / report.dense.flops_per_token)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparsify.core import Refused
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsify.runtime.router import Router
     from sparsify.runtime.rule import RoutingRule
 
 COUNTING = ("top-k", "sigmoid-top-k", "group-top-k")
@@ -21,6 +25,11 @@ def check_rule(name: str, options: Mapping[str, Any], routed: int, *, calibrated
         raise Refused(
             f"{name} routing needs calibration data",
             suggestion="give calibration=..., or router=top-k",
+        )
+    if options.get("prune") and plain(name, calibrated=calibrated) != "top-k":
+        raise Refused(
+            "only top-k routing drops experts by their weights",
+            suggestion="router=top-k, or prune=0: under the others tokens differ already",
         )
     groups = options["groups"]
     if name in ("group-top-k", "sigmoid-top-k") and routed % groups:
@@ -42,12 +51,20 @@ def check_rule(name: str, options: Mapping[str, Any], routed: int, *, calibrated
         )
 
 
+def plain(name: str, *, calibrated: bool) -> str:
+    """The rule's name: ``auto`` is decided here."""
+    if name == "auto":
+        return "threshold" if calibrated else "top-k"
+    return name
+
+
 def chosen_rule(name: str, options: Mapping[str, Any], *, calibrated: bool) -> RoutingRule:
-    """The rule of these options: ``auto`` is decided here."""
+    """The rule of these options."""
     from sparsify.runtime.rules import rule_of
 
-    if name == "auto":
-        name = "threshold" if calibrated else "top-k"
+    name = plain(name, calibrated=calibrated)
+    if options.get("prune"):
+        return rule_of("pruned-top-k", {"mu": options["prune"]})
     own: dict[str, Any] = {}
     if name in ("group-top-k", "sigmoid-top-k"):
         own["groups"] = options["groups"]
@@ -56,3 +73,19 @@ def chosen_rule(name: str, options: Mapping[str, Any], *, calibrated: bool) -> R
     if name not in ("top-k", "threshold"):
         own["weights"] = options["weights"]
     return rule_of(name, own)
+
+
+def protected(router: Router, x: Tensor, share: float) -> None:
+    """Let the most important ``share`` of the tokens x (T, D) keep all experts, if any are dropped.
+
+    Nothing changes under rules that drop none by their weights.
+    """
+    import torch
+
+    from sparsify.runtime.rules_pruned import PrunedTopK
+
+    if not isinstance(router.selector, PrunedTopK) or not share:
+        return
+    with torch.no_grad():
+        level = router.scores(x).logsumexp(-1).quantile(1 - share)
+    router.rule = dataclasses.replace(router.selector, important=float(level))

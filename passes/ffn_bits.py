@@ -9,7 +9,8 @@ less; routers, biases and what stands in for dead experts stay as they are. Stan
 with the rounded experts.
 
 Ours, where the papers quantise by GPTQ: nearest codes, without error feedback. Their online pruning
-of experts for unimportant tokens is what thresholds do already: a token takes as many as it needs.
+of experts for unimportant tokens is ``prune`` of ``router=top-k``; under a threshold, the default
+with calibration data, a token takes as many as it needs anyway.
 
 At ``bits=16`` nothing is rounded, and this is ffn-moe: REORDERED. Below, APPROXIMATE: a weight that
 is not clipped is off by half a scale at most, and the remark says by how much the worst one is. The

@@ -49,6 +49,12 @@ class FfnMoe(Pass[FeedForward]):
         1, "expert groups: group-top-k keeps as many of each, sigmoid-top-k some", ge=1
     )
     groups_kept: int = option(1, "groups that sigmoid-top-k chooses from, at least", ge=1)
+    prune: float = option(
+        0.0, "top-k drops experts that weigh less than this times the first (MC-MoE)", ge=0, lt=1
+    )
+    protect: float = option(
+        0.02, "share of the calibration tokens that prune leaves alone", ge=0, lt=1
+    )
     weights: str = option(
         "one",
         "of live experts: one, or the rule's own, scaled and blended in by training",
@@ -138,6 +144,7 @@ class FfnMoe(Pass[FeedForward]):
         """The router, fitted to calibration samples."""
         from sparsify.passes._experts import expert_energy
         from sparsify.passes._ridge import fit_router, relative_losses
+        from sparsify.passes._rules import protected
         from sparsify.runtime.router import Router
 
         energy = expert_energy(ffn, hidden, order, experts)[:, shared:]
@@ -146,6 +153,7 @@ class FfnMoe(Pass[FeedForward]):
         rule = chosen_rule(self.router, vars(self), calibrated=True)
         router = Router(weight.to(dtype), bias.to(dtype), shared=shared, rule=rule)
         router.calibrate(x, relative_losses(energy, ffn.samples))
+        protected(router, x, self.protect)
         return router
 
     def _from_weights(self, ffn: FeedForward, order: Tensor, experts: int, shared: int) -> Router:

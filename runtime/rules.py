@@ -3,7 +3,8 @@
 Here are those that count, which keep the same number of units for every token: ``top-k``,
 ``softmax-top-k``, ``sigmoid-top-k``, ``group-top-k``, ``moh``, ``prefix``. Those that cut keep what
 is above a threshold, so that tokens take as many as they need: :mod:`sparsify.runtime.rules_cut`
-has ``threshold``, ``top-p``, ``relu``, ``expert-choice``, ``null``, ``dense-to-sparse``.
+has ``threshold``, ``top-p``, ``relu``, ``expert-choice``, ``null``, ``dense-to-sparse``. Between
+them, ``pruned-top-k`` keeps at most so many (:mod:`sparsify.runtime.rules_pruned`).
 Selections and scores that nothing learns (a token's modality, expected sparsity) are in
 :mod:`sparsify.runtime.unlearned`.
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from sparsify.errors import BadInput, did_you_mean
 from sparsify.runtime.rule import Cut, RoutingRule, best, softmax_over
 from sparsify.runtime.rules_cut import DenseToSparse, ExpertChoice, Null, Relu, Threshold, TopP
+from sparsify.runtime.rules_pruned import PrunedTopK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +185,7 @@ class Prefix(RoutingRule):
 RULES: dict[str, type[RoutingRule]] = {
     rule.name: rule
     for rule in (
-        TopK, SoftmaxTopK, SigmoidTopK, GroupTopK, Moh, Prefix,
+        TopK, SoftmaxTopK, SigmoidTopK, GroupTopK, Moh, Prefix, PrunedTopK,
         Threshold, TopP, Relu, ExpertChoice, Null, DenseToSparse,
     )
 }  # fmt: skip

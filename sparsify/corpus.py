@@ -205,8 +205,17 @@ def token_text(
             "this model comes without a tokenizer, so text cannot be used",
             help="pass tokenizer=..., or batches of token ids instead of text",
         )
-    found, at = _blocks(tokenizer, texts, length, limit, seed)
+    # A sample is in random order, and a smaller one is the beginning of a larger one. Shuffled
+    # again, what search measures on would be among what routers were fitted on.
+    found, at = _blocks(tokenizer, texts, length, limit, None if _sampled_from(source) else seed)
     return TokenText(name, list(found.split(batch)), at)
+
+
+def _sampled_from(source: Any) -> bool:
+    """Whether :func:`texts_of` takes a sample of it: of a file or a stream."""
+    if isinstance(source, str):
+        return source not in KINDS
+    return not isinstance(source, Sequence)
 
 
 def _peek(source: Any) -> tuple[Any, Any]:

@@ -53,7 +53,7 @@ def search(
     *,
     passes: str = PASSES,
     max_kl: float | None = None,
-    calibration: str | Path | Sequence[str] | Iterable[Tensor] | None = "docstrings",
+    calibration: str | Path | Sequence[str] | Iterable[Tensor] | None = "mixed",
     tokens: int = TOKENS,
     levels: Sequence[float] = LEVELS,
     rounds: int = ROUNDS,
@@ -146,7 +146,7 @@ def _check(
         raise BadInput(
             "search needs calibration text",
             why="budgets go where the output changes least, which is measured on text",
-            help="calibration='docstrings', a file, texts, or batches of token ids",
+            help="calibration='mixed', a file, texts, or batches of token ids",
         )
     if tokens < 2 or rounds < 0 or points < 0:
         raise BadInput(f"tokens={tokens}, rounds={rounds}, points={points}: out of range")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsify.report import number
 from sparsify.report_json import encode
 from sparsify.searching_goal import Target
+
+if TYPE_CHECKING:
+    from sparsify.runtime.model import SparseModel
+    from sparsify.searching_units import Setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Search:
             with one budget for all.
         units: in the order of the graph.
         measurements: runs of the text.
+        sparse: the model that was searched, its dials where the found setting has them.
+        settings: name of what was tried -> budgets of the routers of ``sparse``.
     """
 
     model: str
@@ -83,6 +89,10 @@ class Search:
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
     machine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sparse: SparseModel | None = dataclasses.field(default=None, compare=False, repr=False)
+    settings: Mapping[str, Setting] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def pipeline(self) -> str:
@@ -98,8 +108,10 @@ class Search:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"format": "sparsify-search", "format_version": 1, **encode(self)}
+        """As JSON values; the model is not among them."""
+        found = encode(dataclasses.replace(self, sparse=None, settings={}))
+        del found["sparse"], found["settings"]
+        return {"format": "sparsify-search", "format_version": 1, **found}
 
     def text_table(self, width: int = 100) -> str:
         """The settings at the target, the front, and the most telling units."""

@@ -202,7 +202,8 @@ class Work:
             tried=tuple(candidates.values()), front=tuple(shown), even=tuple(evenly),
             units=tuple(self._row(n, best) for n in range(len(self.units))),
             measurements=self.runs + self.losses.runs, calibration="", seed=0, notes=(),
-            seconds=clock.seconds,
+            seconds=clock.seconds, sparse=self.sparse,
+            settings={t.name: t.setting for t in tried},
         )  # fmt: skip
 
     def _solution(

@@ -24,7 +24,6 @@ from torch import nn
 
 import sparsify
 from sparsify.corpus import token_text
-from sparsify.evaluate import compare
 from sparsify.passes._bits import allotted, group_of, histogram, losses
 from sparsify.runtime.few_bits import FewBitsFFN
 from sparsify.runtime.ffn import RoutedFFN
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = common.options(__doc__, "bits.json", 4096)
     options.add_argument("--bits", default="8,6,4,3.5,3,2.5", help="means, of a weight")
     options.add_argument("--kinds", default="docstrings", help="texts to measure on")
-    options.add_argument("--fitted", default="docstrings", help="the text to fit on")
+    options.add_argument("--fitted", default="mixed", help="the text to fit on")
     options.add_argument("--fitting", type=int, default=2048, help="tokens that bits are fitted on")
     options.set_defaults(active="1,0.5")
     given = options.parse_args(arguments)
@@ -59,21 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = token_text(
             kind, loaded.tokenizer, limit=given.tokens, seed=given.seed, split="held-out"
         )
-        batches = list(text.batches)
+        dense = common.Dense(loaded.model, list(text.batches))
         rows = []
         for active in [float(a) for a in given.active.split(",")]:
             sparse.set_active(active)
-            rows.append(row("16 as they are", sparse, loaded.model, batches, active, 0.0))
+            rows.append(row("16 as they are", sparse, dense, active, 0.0))
             for bits in [float(b) for b in given.bits.split(",")]:
-                ways = {
+                ways: dict[str, dict[str, tuple[int, ...]]] = {
                     f"{bits:g} allotted": {p: allotted(e, bits) for p, (e, _) in lost.items()},
                     f"{math.ceil(bits)} even": {
                         p: (math.ceil(bits),) * layer.experts for p, layer in layers.items()
                     },
                 }
+                if len({str(widths) for widths in ways.values()}) == 1:  # nothing to allot
+                    ways.popitem()
                 for name, widths in ways.items():
                     with stored(sparse, layers, widths, {p: i for p, (_, i) in lost.items()}) as b:
-                        rows.append(row(name, sparse, loaded.model, batches, active, b))
+                        rows.append(row(name, sparse, dense, active, b))
                     first = next(iter(widths.values()))
                     rows[-1]["first layer"] = histogram(first)
         lines = [
@@ -89,21 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def row(
-    name: str,
-    sparse: SparseModel,
-    dense: nn.Module,
-    batches: Sequence[torch.Tensor],
-    active: float,
-    stored_bits: float,
+    name: str, sparse: SparseModel, dense: common.Dense, active: float, stored_bits: float
 ) -> dict[str, object]:
     """Perplexity and KL of the model as it is now, beside the dense one."""
-    found = compare(dense, {"mine": sparse}, batches)
-    mine = found["mine"]
-    return {
-        "bits": name, "active": active, "stored": stored_bits or 32.0,
-        "perplexity": mine.perplexity, "ratio": mine.perplexity / found["dense"].perplexity,
-        "kl": mine.mean_kl, "top1": mine.top1,
-    }  # fmt: skip
+    found = dense.beside(sparse)
+    print(f"{name}, active {active:g}: KL {found['kl']:.4f}", flush=True)
+    return {"bits": name, "active": active, "stored": stored_bits or 32.0, **found}
 
 
 def inputs_of(

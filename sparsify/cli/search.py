@@ -38,9 +38,11 @@ def search(
     calibration: Annotated[
         str,
         typer.Option(
-            metavar="TEXT", help="Text to fit and measure on: a file, docstrings or licences."
+            metavar="TEXT",
+            help="Text to fit and measure on: a file, or docstrings, licences, reference, code or "
+            "mixed.",
         ),
-    ] = "docstrings",
+    ] = "mixed",
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of TEXT to measure on.")] = 512,
     levels: Annotated[
         str, typer.Option(metavar="A,...", help="Budgets that each unit is measured at.")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sparsify
+from sparsify.runtime.counters import counters
 from sparsify.runtime.router import Router
 from tests.contract.zoo_captures import captured, tokens_of, worst_relative
 
@@ -68,6 +69,38 @@ def test_counting_rules_need_no_data(rule: str) -> None:
     assert {m.rule for m in model.modules() if isinstance(m, Router)} == {rule}
 
 
+def test_pruning_is_counted_as_skipped_work(tmp_path: Path) -> None:
+    """Fewer than k experts are multiplied for tokens that are not protected."""
+    cap = captured("llama")
+    batches = tokens_of(cap, "llama")
+    assert batches is not None
+    ids = torch.cat(batches)
+    work = {}
+    for options in ("", " prune=0.8", " prune=0.8 protect=0", " prune=0.8 protect=0.5"):
+        pipeline = f"ffn-moe{{router=top-k experts=8 shared=2{options}}}"
+        model = sparsify.compile(cap, pipeline, calibration=batches, reproducer=None)
+        assert model.report.ok
+        assert worst_relative(model) <= 1e-5
+        model.set_active(0.75)
+        model.reset_counters()
+        with torch.no_grad():
+            whole = model(input_ids=ids).logits
+            part = model(input_ids=ids[:, :9]).logits
+        torch.testing.assert_close(whole[:, :9], part, rtol=1e-4, atol=1e-5)
+        for _, counter in counters(model):
+            assert counter.rows == counter.units_live
+        work[options] = sum(c.rows / c.rows_dense for _, c in counters(model)) / 2
+        if options == " prune=0.8":
+            model.save(tmp_path / "out")
+            with torch.no_grad():
+                again = sparsify.load(tmp_path / "out")(input_ids=ids).logits
+            torch.testing.assert_close(again, whole)
+    assert abs(work[""] - 0.75) < 1e-6
+    assert (
+        work[" prune=0.8 protect=0"] <= work[" prune=0.8"] < work[" prune=0.8 protect=0.5"] < 0.75
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -76,6 +109,7 @@ def test_counting_rules_need_no_data(rule: str) -> None:
         ("router=group-top-k groups=5 experts=8 shared=2", "do not divide"),
         ("router=sigmoid-top-k groups=2 groups_kept=3 experts=8 shared=2", "cannot be kept"),
         ("router=top-k weights=scaled", "unit weights"),
+        ("router=group-top-k groups=2 experts=8 shared=2 prune=0.2", "only top-k"),
     ],
 )
 def test_refusals(options: str, match: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("transformers")
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
-SCRIPTS = ("common", "text", "choices", "embeddings", "bits", "recipes")
+SCRIPTS = ("common", "text", "choices", "embeddings", "bits", "recipes", "pruning")
 SMALL = ["--quick", "--active", "1,0.5"]
 
 
@@ -103,3 +103,16 @@ def test_recipes(script: Callable[[str], Any], tmp_path: Path) -> None:
     assert len(layers) == 7  # projections of a layer
     for table in layers:
         assert 0 < table["dead inputs at the mean of dead ones"] < 1
+
+
+def test_pruning(script: Callable[[str], Any], tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    script("pruning").main(
+        ["--quick", "--active", "0.75", "--tokens", "256", "--fitting", "256",
+         "--output", str(out)]
+    )  # fmt: skip
+    (found,) = tables(out)
+    share = {row["rule"]: row["share"] for row in found["rows"]}
+    assert share["top-k"] == pytest.approx(0.75, abs=0.02)
+    assert share["top-k, mu=0.5, none protected"] <= share["top-k, mu=0.5"] < share["top-k"]
+    assert all(row["kl"] > 0 for row in found["rows"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import sparsify
 from sparsify import zoo
+from sparsify.corpus import token_blocks
 from sparsify.errors import BadInput
 from sparsify.pipeline import State
 from sparsify.runtime.dial import set_each
@@ -83,6 +86,14 @@ def test_its_text_reproduces_it(found: Search) -> None:
     assert pipeline_text(ALL, state.placed, dials) == found.pipeline
 
 
+def test_the_searched_model_is_there_as_it_was_found(found: Search) -> None:
+    assert found.sparse is not None
+    assert list(found.settings) == [c.name for c in found.tried]
+    best = found.settings[found.found.name]
+    assert {r: r.active for r in best} == best
+    assert not {"sparse", "settings"} & set(found.to_dict())
+
+
 def test_two_runs_find_the_same(found: Search) -> None:
     again = search("llama", "flops=0.85", ALL)
     fixed = {"seconds": {}, "machine": {}}
@@ -144,6 +155,29 @@ def test_levels_go_down_in_cost_and_up_in_loss() -> None:
         assert shapes == sorted(shapes)
         assert unit.levels[0].values == (1.0,) * len(unit.routers)
     assert {r: r.setting for p in state.placed for r in p.routers} == before
+
+
+def test_a_file_is_fitted_and_measured_on_different_lines(tmp_path: Path) -> None:
+    """A file is sampled by size: what was fitted on is the beginning of a larger sample."""
+    file = tmp_path / "long.txt"
+    lines = (
+        f"line {n}: {hashlib.sha256(bytes([n % 256, n // 256])).hexdigest()}" for n in range(4000)
+    )
+    file.write_text("\n\n".join(lines))
+    fitted = torch.cat(token_blocks(file, Letters(), limit=4096)[1])
+    both = torch.cat(token_blocks(file, Letters(), limit=4096 + 512)[1])
+    assert torch.equal(both[: len(fitted)], fitted)
+    ids, note = sample([both], 4096, 512, 128)
+    assert note == ""
+    rows = {tuple(row) for row in fitted.tolist()}
+    assert not rows & {tuple(row) for batch in ids for row in batch.tolist()}
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(letter) % 90 for letter in text]
 
 
 def test_text_to_measure_on_is_new_where_there_is_enough() -> None:
