@@ -1,0 +1,131 @@
+"""The export as a whole: trace, translate, write, and hold the file against the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsify.codegen.onnx import parity, trace, translate, write
+from sparsify.codegen.onnx.needs import EXTRA, need
+from sparsify.errors import BadInput, ParityFailed
+from sparsify.runtime.model import SparseModel
+
+TARGETS = ("portable",)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        files: the graph's file first, then its weights' where they are apart.
+        target, opset: what it needs of a runtime; active: router -> the budget in the file.
+        operators: how many of each.
+        cases: the file against the model; empty where it was not asked for.
+    """
+
+    files: tuple[Path, ...]
+    target: str
+    opset: int
+    active: dict[str, float]
+    operators: dict[str, int]
+    cases: tuple[parity.Case, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "files": [str(file) for file in self.files],
+            "bytes": self.size,
+            "target": self.target,
+            "opset": self.opset,
+            "active": self.active,
+            "operators": self.operators,
+            "parity": [{**dataclasses.asdict(c), "ok": c.ok} for c in self.cases],
+        }
+
+    def text(self) -> str:
+        """For the terminal."""
+        lines = [
+            f"wrote {self.files[0]}: {self.target}, opset {self.opset}, {self.size / 1e6:.1f} MB"
+            + (f" with {self.files[1].name}" if len(self.files) > 1 else "")
+        ]
+        for case in self.cases:
+            agree = "" if case.same is None else f", same token {case.same:.1%}"
+            lines.append(
+                f"  {'ok ' if case.ok else 'BAD'} {case.name:<13} relative error"
+                f" {case.relative:.1e}{agree}"
+            )
+        return "\n".join(lines)
+
+
+def export(
+    model: SparseModel,
+    path: str | os.PathLike[str],
+    *,
+    target: str = "portable",
+    opset: int | None = None,
+    external_data: bool | None = None,
+    check: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write ``model`` at its present budget as ONNX; see :meth:`SparseModel.export`."""
+    place = Path(path).absolute()
+    version = translate.check_opset(opset)
+    if target not in TARGETS:
+        raise BadInput(f"no target '{target}'", help=f"one of: {', '.join(TARGETS)}")
+    need(*(EXTRA if check else EXTRA[:3]))
+    write.check_place(place, force=force)
+    if not model.example:
+        raise BadInput(
+            "the model has no example to trace with", help="compile it again, with an example"
+        )
+    steps = iter(("trace", "translate", "write", "check", "done"))
+
+    def tell() -> None:
+        what = next(steps)
+        if progress is not None:
+            progress("export", ("trace", "translate", "write", "check", "done").index(what), 4)
+
+    tell()
+    program = trace.traced(model)
+    tell()
+    made = translate.translated(program, model.call_spec, version)
+    del program
+    made.metadata_props["sparsify.pipeline"] = model.pipeline
+    made.metadata_props["sparsify.target"] = target
+    tell()
+    files = write.write(made, place, external=external_data, force=force)
+    files = tuple(sorted(files, key=lambda file: file != place))
+    tell()
+    operators: dict[str, int] = {}
+    for node in made.graph.all_nodes():
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    cases = parity.compare(model, place) if check else ()
+    tell()
+    found = Exported(
+        files, target, version, model.active, dict(sorted(operators.items())), cases
+    )
+    if not all(case.ok for case in cases):
+        with contextlib.suppress(OSError):
+            for file in files:  # a file that computes something else is not left lying about
+                file.unlink()
+        worst = max(cases, key=lambda case: case.relative)
+        raise ParityFailed(
+            f"the exported {model.call_spec.model} differs from the model, so it was not kept",
+            why=f"{worst.name}: relative error {worst.relative:.1e}, allowed"
+            f" {parity.RELATIVE:.0e}",
+            where=found.text().partition("\n")[2],
+            help="check=False (--no-check) keeps the file",
+        )
+    return found

@@ -1,0 +1,167 @@
+"""Forms of routed feed-forward layers: all neurons of all experts, dead experts' set to zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.codegen.onnx.forms import dead_to_zero, form, spread
+from sparsify.core import Refused
+from sparsify.runtime.codes import weights_of
+from sparsify.runtime.compressed import CompressedFFN
+from sparsify.runtime.conditioned import ConditionedFFN
+from sparsify.runtime.dropped import at_budget
+from sparsify.runtime.few_bits import ROLES, FewBitsFFN
+from sparsify.runtime.ffn import RoutedFFN
+from sparsify.runtime.inside import LiveNeurons
+from sparsify.runtime.modality import ModalityFFN, ModalityLinear, ModalityModule
+from sparsify.runtime.supernet import SupernetFFN
+
+linear = nn.functional.linear
+
+
+@form(RoutedFFN)
+class FfnForm(RoutedFFN):
+    """x (..., D) -> (..., D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.router.all_live and self._thin is None:
+            return self._every(x)
+        estimated = self.slopes is not None and not self.router.all_live
+        scores = self.router.scores(x) if estimated else None
+        select = self.router(x) if scores is None else self.router(x, scores)
+        return self.routed(x, select, scores)
+
+    def _every(self, x: Tensor) -> Tensor:
+        y = self.neurons(x) @ self.down.flatten(0, 1)
+        return y if self.down_bias is None else y + self.down_bias
+
+    def routed(self, x: Tensor, select: Tensor, scores: Tensor | None) -> Tensor:
+        """select (..., N) weights, 0 = dead; scores (..., R) where stand-ins need them."""
+        live = select != 0
+        hidden, thin = self.neurons(x), self._thin
+        if thin is not None:
+            hidden, mine = _thinned(thin, hidden)
+            keep = spread(live, self.hidden) & mine
+        else:
+            keep = spread(live, self.hidden)
+        if not self.router.unit_weights:
+            hidden = hidden * spread(select, self.hidden)
+        y = dead_to_zero(hidden, keep).to(self.down.dtype) @ self.down.flatten(0, 1)
+        if self.down_bias is not None:
+            y = y + self.down_bias
+        if thin is not None and self.offset is not None:
+            y = y + select @ self.offset
+        y = self._modulated(y, select)
+        if not self.router.all_live:
+            for left, right in self._stand_ins(live, scores):
+                y = y + left.to(y.dtype) @ right.to(y.dtype)
+        return y.to(x.dtype)
+
+    def _stand_ins(self, live: Tensor, scores: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        # as eager's, for any number of leading dimensions
+        found, active = [], self.router.active
+        if self.dropped is not None:
+            found.append((~live, at_budget(self.dropped, self.dropped_at, active)))
+        if self.slopes is not None and scores is not None:
+            dead = scores.masked_fill(live[..., self.router.shared :], 0)
+            found.append((dead, at_budget(self.slopes, self.dropped_at, active)))
+        return found
+
+
+def _thinned(thin: LiveNeurons, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., F) neurons -> less their centres, and which of them are live."""
+    values = hidden if thin.centre is None else hidden - thin.centre.to(hidden.dtype)
+    scores = (values.float().abs() * thin.scale).unflatten(-1, (thin.experts, thin.size))
+    return values, thin.live(scores).flatten(-2)
+
+
+@form(CompressedFFN)
+class CompressedForm(FfnForm, CompressedFFN):
+    """Dead experts multiply, element by element, what the live ones give."""
+
+    def _modulated(self, y: Tensor, select: Tensor) -> Tensor:
+        mine = select[..., self.router.shared :]
+        dead = 1 - mine if self.router.unit_weights else (mine == 0).to(y.dtype)
+        return y + y * (dead @ self._vectors().to(y.dtype))
+
+
+@form(FewBitsFFN)
+class FewBitsForm(FfnForm, FewBitsFFN):
+    """Weights as int8 codes and half-precision scales, as wide as the widest code needs."""
+
+    def prepare(self) -> None:
+        for role in ROLES:
+            if f"{role}_codes" not in self._parameters:
+                continue
+            scales: Tensor = getattr(self, f"{role}_scales").detach().view(torch.float16)
+            codes = self._codes(role, scales)
+            delattr(self, f"{role}_codes")
+            self.register_buffer(f"{role}_codes8", codes)
+            self.register_buffer(f"{role}_scales16", scales.clone())
+
+    def _codes(self, role: str, scales: Tensor) -> Tensor:
+        """int8 (N, m, D): a weight over its scale is a whole number."""
+        weights = super().weights(role).float().unflatten(-1, (scales.shape[-1], -1))
+        by = torch.where(scales > 0, scales, torch.inf).float()
+        return (weights / by.unsqueeze(-1)).round().to(torch.int8).flatten(-2)
+
+    def weights(self, role: str, start: int = 0, size: int | None = None) -> Tensor:
+        if size is not None or start:
+            raise Refused("experts in few bits are exported whole")
+        codes, scales = getattr(self, f"{role}_codes8"), getattr(self, f"{role}_scales16")
+        return weights_of(codes, scales, self.router.weight.dtype)
+
+
+@form(ConditionedFFN)
+class ConditionedForm(FfnForm, ConditionedFFN):
+    """x (B, ..., D), condition (B, ..., C) with one row per sample."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        if self.router.all_live:
+            return self._every(x)
+        select = self.router(condition.reshape(x.shape[0], -1))
+        return self.routed(x, select.view(x.shape[0], *[1] * (x.dim() - 2), -1), None)
+
+
+@form(SupernetFFN)
+class SupernetForm(SupernetFFN):
+    """The layer of the present width, mixed once: no other is in the file."""
+
+    def prepare(self) -> None:
+        with torch.no_grad():
+            mixed = self._mix()
+        for name in ("up", "gate", "down", "up_bias", "gate_bias"):
+            tensor = getattr(mixed, name)
+            setattr(self, name, None if tensor is None else nn.Parameter(tensor, False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums = [linear(x, self.up, self.up_bias)]
+        if self.gate is not None:
+            sums.append(linear(x, self.gate, self.gate_bias))
+        hidden = self.activation(*sums).to(x.dtype)
+        return linear(hidden, self.down.t(), self.down_bias)
+
+
+class _Modal(ModalityModule):
+    """Every modality's layer on every token; the token's own is kept.
+
+    An id that names no modality, an error in eager, gives zeros.
+    """
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        kinds = self.kinds(ids).reshape(*x.shape[:-1], 1)
+        y = dead_to_zero(self.one(x, 0), kinds == 0)
+        for modality in range(1, self.modalities):
+            y = torch.where(kinds == modality, self.one(x, modality), y)
+        return y
+
+
+@form(ModalityFFN)
+class ModalityFfnForm(_Modal, ModalityFFN):
+    """See :class:`_Modal`."""
+
+
+@form(ModalityLinear)
+class ModalityLinearForm(_Modal, ModalityLinear):
+    """See :class:`_Modal`."""

@@ -1,0 +1,90 @@
+"""A model written whole or not at all: into a folder beside its place, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from sparsify.codegen.onnx.needs import need
+from sparsify.errors import OutputError
+
+LIMIT = (1 << 31) - (1 << 20)  # protobuf's 2 GiB, less room for the graph
+SMALL = 1024  # bytes of a tensor that stays in the graph's own file
+
+
+def check_place(path: Path, *, force: bool) -> None:
+    """OutputError where ``path`` is taken or plainly cannot be written."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", help="name a file, such as model.onnx")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already", help="choose another name, or force it")
+    parent = path.parent
+    if not parent.is_dir():
+        why = "is not a folder" if parent.exists() else "is not there"
+        raise OutputError(f"cannot write {path}", why=f"the folder {parent} {why}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}", why=f"the folder {parent} is not writable")
+
+
+def write(model: Any, path: Path, *, external: bool | None, force: bool) -> tuple[Path, ...]:
+    """Write an ``onnx_ir.Model``; the files that were written.
+
+    Args:
+        external: weights in a file of their own, ``NAME.data``; None = where the model is larger
+            than a protobuf may be.
+
+    Raises:
+        OutputError: the disk is full or the place not writable. What was there is still there.
+    """
+    (ir,) = need("onnx_ir")
+    check_place(path, force=force)
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    if external is None:
+        external = size > LIMIT
+    elif not external and size > LIMIT:
+        raise OutputError(
+            f"{path} cannot hold its weights",
+            why=f"a single ONNX file holds 2 GiB at most, the weights are {size / 2**30:.1f} GiB",
+            help="write the weights into a file of their own (external data)",
+        )
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        fresh.mkdir()
+        options = (
+            {"external_data": f"{path.name}.data", "size_threshold_bytes": SMALL}
+            if external
+            else {}
+        )
+        ir.save(model, fresh / path.name, **options)
+        made = sorted(fresh.iterdir(), key=lambda file: file.name == path.name)  # the graph last
+        _into_place(made, path.parent, fresh)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}", why=error.strerror or str(error), help="nothing was changed"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    stale = path.with_name(f"{path.name}.data")
+    if not external and force and stale.exists():
+        stale.unlink()
+    return tuple(path.with_name(file.name) for file in made)
+
+
+def _into_place(made: list[Path], folder: Path, aside: Path) -> None:
+    """Rename the files into ``folder``; old ones come back where one cannot be renamed."""
+    old: list[tuple[Path, Path]] = []
+    try:
+        for file in made:
+            target = folder / file.name
+            if target.exists():
+                kept = aside / f"{file.name}.old"
+                target.rename(kept)
+                old.append((kept, target))
+            os.replace(file, target)
+    except OSError:
+        for kept, target in old:
+            os.replace(kept, target)
+        raise
