@@ -15,6 +15,7 @@ from sparsify.errors import BadInput, ParityFailed
 from sparsify.runtime.model import SparseModel
 
 TARGETS = ("portable",)
+ROUTING = ("mask", "branch")
 Progress = Callable[[str, int, int], None]
 
 
@@ -75,6 +76,7 @@ def export(
     target: str = "portable",
     opset: int | None = None,
     external_data: bool | None = None,
+    routing: str = "mask",
     check: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -84,6 +86,8 @@ def export(
     version = translate.check_opset(opset)
     if target not in TARGETS:
         raise BadInput(f"no target '{target}'", help=f"one of: {', '.join(TARGETS)}")
+    if routing not in ROUTING:
+        raise BadInput(f"no routing '{routing}'", help=f"one of: {', '.join(ROUTING)}")
     need(*(EXTRA if check else EXTRA[:3]))
     write.check_place(place, force=force)
     if not model.example:
@@ -98,12 +102,13 @@ def export(
             progress("export", ("trace", "translate", "write", "check", "done").index(what), 4)
 
     tell()
-    program = trace.traced(model)
+    program = trace.traced(model, skip=routing == "branch")
     tell()
     made = translate.translated(program, model.call_spec, version)
     del program
     made.metadata_props["sparsify.pipeline"] = model.pipeline
     made.metadata_props["sparsify.target"] = target
+    made.metadata_props["sparsify.routing"] = routing
     tell()
     files = write.write(made, place, external=external_data, force=force)
     files = tuple(sorted(files, key=lambda file: file != place))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsify.codegen.onnx.branches import enter, leave
 from sparsify.codegen.onnx.forms import dead_to_zero, form, spread
 from sparsify.core import Refused
 from sparsify.runtime.codes import weights_of
@@ -18,11 +19,28 @@ from sparsify.runtime.modality import ModalityFFN, ModalityLinear, ModalityModul
 from sparsify.runtime.supernet import SupernetFFN
 
 linear = nn.functional.linear
+MOST = 16  # experts with branches of their own: each costs about 10 us of ONNX Runtime a call
 
 
 @form(RoutedFFN)
 class FfnForm(RoutedFFN):
-    """x (..., D) -> (..., D)."""
+    """x (..., D) -> (..., D).
+
+    With ``skip``, experts that no token uses are not computed, and others on their tokens only
+    (:mod:`sparsify.codegen.onnx.branches`).
+    """
+
+    skip = False
+
+    def prepare(self) -> None:
+        able = type(self) is FfnForm and self._thin is None and self.experts <= MOST
+        self.skip = self.skip and able and not self.router.all_live
+        if self.skip:  # weights apart: a branch reads its own
+            for name in ("up", "gate", "down", "up_bias", "gate_bias"):
+                packed = getattr(self, name)
+                parts = () if packed is None else packed.detach().unbind(0)
+                for expert, part in enumerate(parts):
+                    self.register_parameter(f"{name}_{expert}", nn.Parameter(part, False))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.router.all_live and self._thin is None:
@@ -39,6 +57,9 @@ class FfnForm(RoutedFFN):
     def routed(self, x: Tensor, select: Tensor, scores: Tensor | None) -> Tensor:
         """select (..., N) weights, 0 = dead; scores (..., R) where stand-ins need them."""
         live = select != 0
+        if self.skip:
+            y = self._branches(x.reshape(-1, self.width), select.reshape(-1, self.experts))
+            return self._finished(y.view(x.shape), select, live, scores).to(x.dtype)
         hidden, thin = self.neurons(x), self._thin
         if thin is not None:
             hidden, mine = _thinned(thin, hidden)
@@ -52,11 +73,36 @@ class FfnForm(RoutedFFN):
             y = y + self.down_bias
         if thin is not None and self.offset is not None:
             y = y + select @ self.offset
+        return self._finished(y, select, live, scores).to(x.dtype)
+
+    def _finished(self, y: Tensor, select: Tensor, live: Tensor, scores: Tensor | None) -> Tensor:
+        """With what dead experts give."""
         y = self._modulated(y, select)
         if not self.router.all_live:
             for left, right in self._stand_ins(live, scores):
                 y = y + left.to(y.dtype) @ right.to(y.dtype)
-        return y.to(x.dtype)
+        return y
+
+    def _branches(self, x: Tensor, select: Tensor) -> Tensor:
+        """x (T, D), select (T, N) -> the sum of live experts, with the bias."""
+        y = torch.zeros_like(x) if self.down_bias is None else self.down_bias.expand_as(x)
+        live = select != 0
+        some = live.any(0)
+        for expert in range(self.experts):
+            mine, any_token = live[:, expert], some[expert]
+            rows = enter(x, mine, any_token)
+            sums = [self._sum(rows, "up", expert)]
+            if self.gate is not None:
+                sums.append(self._sum(rows, "gate", expert))
+            hidden = self.activation(*sums)
+            if not self.router.unit_weights:
+                hidden = hidden * enter(select[:, expert : expert + 1], mine, any_token)
+            y = leave(y, hidden @ getattr(self, f"down_{expert}"), mine, any_token)
+        return y
+
+    def _sum(self, x: Tensor, role: str, expert: int) -> Tensor:
+        bias: Tensor | None = getattr(self, f"{role}_bias_{expert}", None)
+        return linear(x, getattr(self, f"{role}_{expert}"), bias)
 
     def _stand_ins(self, live: Tensor, scores: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         # as eager's, for any number of leading dimensions

@@ -69,15 +69,18 @@ class Silent(Counter):
         pass
 
 
-def into_forms(root: nn.Module) -> None:
-    """Give every routed module under ``root`` its form; Refused names none that cannot have one.
+def into_forms(root: nn.Module, *, skip: bool = False) -> None:
+    """Give every routed module under ``root`` its form.
+
+    Args:
+        skip: forms that can skip work with standard operators do.
 
     Raises:
         Unformed: with the path of the module, and why.
     """
     for path, module in routed_modules(root):
         try:
-            _into_form(module)
+            _into_form(module, skip)
         except Refused as error:
             raise Unformed(path, module, error) from error
 
@@ -97,7 +100,7 @@ def routed_modules(root: nn.Module) -> Iterator[tuple[str, RoutedModule]]:
             yield path, module
 
 
-def _into_form(module: RoutedModule) -> None:
+def _into_form(module: RoutedModule, skip: bool) -> None:
     if any(isinstance(part, Adapter) for part in module.modules()):
         raise Refused(
             "an adapter changes its weights", suggestion="sparsify.runtime.lora.merge(model) first"
@@ -114,6 +117,8 @@ def _into_form(module: RoutedModule) -> None:
             module.keep = False
     if found is not None:
         module.__class__ = found
+        if hasattr(found, "skip"):
+            setattr(module, "skip", skip)  # noqa: B010  (only some forms have it)
         prepare = getattr(module, "prepare", None)
         if prepare is not None:
             prepare()

@@ -21,15 +21,18 @@ from sparsify.runtime.model import SparseModel
 _NOISY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx", "onnxscript")
 
 
-def traced(model: SparseModel) -> torch.export.ExportedProgram:
+def traced(model: SparseModel, *, skip: bool = False) -> torch.export.ExportedProgram:
     """The model at its present budget, with every size that its graph covers left open.
 
     The model is not changed; the program shares its weights.
 
+    Args:
+        skip: dead experts stand in branches (:mod:`sparsify.codegen.onnx.branches`).
+
     Raises:
         NotExported: a module has no form, or torch.export cannot trace the forms.
     """
-    graph = formed(model)
+    graph = formed(model, skip=skip)
     try:
         return _export(graph, model)
     except Exception as error:  # torch.export raises anything
@@ -41,13 +44,13 @@ def traced(model: SparseModel) -> torch.export.ExportedProgram:
         ) from error
 
 
-def formed(model: SparseModel) -> fx.GraphModule:
+def formed(model: SparseModel, *, skip: bool = False) -> fx.GraphModule:
     """A clone of the model's graph, its weights shared, its routed modules in their forms."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     graph = clone(model.graph, shared)
     graph.eval()
     try:
-        into_forms(graph)
+        into_forms(graph, skip=skip)
     except Unformed as error:
         raise NotExported(
             f"the {error.kind} at {error.path} cannot be exported",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparsify.codegen.onnx import names
+from sparsify.codegen.onnx import branches, names
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.trace import first_line, silenced
 from sparsify.errors import BadInput, NotExported
@@ -56,6 +56,7 @@ def translated(program: torch.export.ExportedProgram, call: CallSpec, opset: int
         raise _refused(error, call) from error
     assert made is not None
     model = made.model
+    branches.outlined(model)
     _name_sizes(model, call)
     _tie(model)
     _check_domains(model)
@@ -74,7 +75,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
         return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
-    return {torch.ops.aten.sort.stable: stable_sort}
+    return {torch.ops.aten.sort.stable: stable_sort, **branches.translations()}
 
 
 def _refused(error: Exception, call: CallSpec) -> NotExported:

@@ -152,7 +152,7 @@ def test_runs_with_onnxruntime_alone(file: tuple[Path, Any], tmp_path: Path) -> 
 def test_nothing_is_traced_for_a_place_that_is_taken(
     file: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trace, "traced", lambda model: pytest.fail("traced"))
+    monkeypatch.setattr(trace, "traced", lambda model, skip: pytest.fail("traced"))
     with pytest.raises(OutputError, match="exists already"):
         llama().export(file[0])
 
@@ -162,7 +162,7 @@ def test_what_has_no_form_is_refused_with_its_place(
 ) -> None:
     from sparsify.codegen.onnx import forms
 
-    def refuse(module: Any) -> None:
+    def refuse(module: Any, skip: bool) -> None:
         if isinstance(module, RoutedFFN):
             raise Refused("its experts are elsewhere", suggestion="fetch them")
 
@@ -190,7 +190,7 @@ def test_a_file_that_differs_is_not_kept(
 ) -> None:
     program, made = object(), ir.load
     case = parity.Case("decode", 0.1, 1.0)
-    monkeypatch.setattr(exporting.trace, "traced", lambda model: program)
+    monkeypatch.setattr(exporting.trace, "traced", lambda model, skip: program)
     monkeypatch.setattr(exporting.translate, "translated", lambda p, call, opset: empty())
     monkeypatch.setattr(exporting.parity, "compare", lambda model, path: (case,))
     with pytest.raises(ParityFailed, match="decode"):
