@@ -9,7 +9,7 @@ their sums: a unit that is dead for every token costs one comparison, and its we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,44 +20,25 @@ from sparsify.codegen.onnx.needs import need
 DOMAIN = "sparsify"  # in no file: outlined() replaces its operators
 
 
-@torch.library.custom_op("sparsify_onnx::enter", mutates_args=())
 def enter(x: Tensor, live: Tensor, some: Tensor) -> Tensor:
     """x (T, ...), live bool (T,), some bool () = any live -> the rows that may be computed."""
-    return x.clone()
+    if not torch.compiler.is_exporting():
+        return x
+    return _marker("Enter", (x, live, some), x)
 
 
-@enter.register_fake
-def _(x: Tensor, live: Tensor, some: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("sparsify_onnx::leave", mutates_args=())
 def leave(total: Tensor, y: Tensor, live: Tensor, some: Tensor) -> Tensor:
     """total (T, D) plus the rows of y that are live."""
-    return total + y.masked_fill(~live.unsqueeze(1), 0.0)
+    if not torch.compiler.is_exporting():
+        return total + y.masked_fill(~live.unsqueeze(1), 0.0)
+    return _marker("Leave", (total, y, live, some), total)
 
 
-@leave.register_fake
-def _(total: Tensor, y: Tensor, live: Tensor, some: Tensor) -> Tensor:
-    return torch.empty_like(total)
-
-
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The two as operators of a domain of their own, until :func:`outlined`."""
-    from onnxscript import values
-
-    ours = values.Opset(DOMAIN, 1)
-
-    def entered(x: Any, live: Any, some: Any) -> Any:
-        return ours.Enter(x, live, some)
-
-    def left(total: Any, y: Any, live: Any, some: Any) -> Any:
-        return ours.Leave(total, y, live, some)
-
-    return {
-        torch.ops.sparsify_onnx.enter.default: entered,
-        torch.ops.sparsify_onnx.leave.default: left,
-    }
+def _marker(name: str, inputs: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    found: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{name}", inputs, dtype=like.dtype, shape=like.shape, version=1
+    )
+    return found
 
 
 def outlined(model: Any) -> int:

@@ -82,7 +82,7 @@ def export(
     progress: Progress | None = None,
 ) -> Exported:
     """Write ``model`` at its present budget as ONNX; see :meth:`SparseModel.export`."""
-    place = Path(path).absolute()
+    place = Path(path)
     version = translate.check_opset(opset)
     if target not in TARGETS:
         raise BadInput(f"no target '{target}'", help=f"one of: {', '.join(TARGETS)}")

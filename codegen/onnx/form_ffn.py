@@ -31,8 +31,12 @@ class FfnForm(RoutedFFN):
     """
 
     skip = False
+    first = 0  # expert with a stand-in
+    stand_in: Tensor | None
+    slope: Tensor | None
 
     def prepare(self) -> None:
+        self._fix_budget()
         able = type(self) is FfnForm and self._thin is None and self.experts <= MOST
         self.skip = self.skip and able and not self.router.all_live
         if self.skip:  # weights apart: a branch reads its own
@@ -41,6 +45,17 @@ class FfnForm(RoutedFFN):
                 parts = () if packed is None else packed.detach().unbind(0)
                 for expert, part in enumerate(parts):
                     self.register_parameter(f"{name}_{expert}", nn.Parameter(part, False))
+
+    def _fix_budget(self) -> None:
+        """Of the tables of stand-ins, what the present budget reads; shared experts have none."""
+        active, slopes, dropped = self.router.active, None, None
+        self.first = self.router.shared if self.router.order is None else 0
+        if not self.router.all_live and self.dropped is not None:
+            dropped = at_budget(self.dropped.detach(), self.dropped_at, active)[self.first :]
+        if not self.router.all_live and self.slopes is not None:
+            slopes = at_budget(self.slopes.detach(), self.dropped_at, active)
+        self.register_buffer("stand_in", dropped)
+        self.register_buffer("slope", slopes)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.router.all_live and self._thin is None:
@@ -105,13 +120,12 @@ class FfnForm(RoutedFFN):
         return linear(x, getattr(self, f"{role}_{expert}"), bias)
 
     def _stand_ins(self, live: Tensor, scores: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        # as eager's, for any number of leading dimensions
-        found, active = [], self.router.active
-        if self.dropped is not None:
-            found.append((~live, at_budget(self.dropped, self.dropped_at, active)))
-        if self.slopes is not None and scores is not None:
+        found = []
+        if self.stand_in is not None:
+            found.append((~live[..., self.first :], self.stand_in))
+        if self.slope is not None and scores is not None:
             dead = scores.masked_fill(live[..., self.router.shared :], 0)
-            found.append((dead, at_budget(self.slopes, self.dropped_at, active)))
+            found.append((dead, self.slope))
         return found
 
 
@@ -126,10 +140,16 @@ def _thinned(thin: LiveNeurons, hidden: Tensor) -> tuple[Tensor, Tensor]:
 class CompressedForm(FfnForm, CompressedFFN):
     """Dead experts multiply, element by element, what the live ones give."""
 
+    vector: Tensor
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.register_buffer("vector", self._vectors().detach())
+
     def _modulated(self, y: Tensor, select: Tensor) -> Tensor:
         mine = select[..., self.router.shared :]
         dead = 1 - mine if self.router.unit_weights else (mine == 0).to(y.dtype)
-        return y + y * (dead @ self._vectors().to(y.dtype))
+        return y + y * (dead @ self.vector.to(y.dtype))
 
 
 @form(FewBitsFFN)
@@ -137,6 +157,7 @@ class FewBitsForm(FfnForm, FewBitsFFN):
     """Weights as int8 codes and half-precision scales, as wide as the widest code needs."""
 
     def prepare(self) -> None:
+        super().prepare()
         for role in ROLES:
             if f"{role}_codes" not in self._parameters:
                 continue

@@ -53,12 +53,19 @@ def translated(program: torch.export.ExportedProgram, call: CallSpec, opset: int
                 verbose=False,
             )
     except Exception as error:  # the exporter raises anything
-        raise _refused(error, call) from error
+        raise _refused(error, program, call) from error
     assert made is not None
     model = made.model
+    if model.opset_imports[""] != opset:  # the exporter's converter gives up silently
+        raise NotExported(
+            f"{call.model} cannot be written in opset {opset}",
+            why=f"its operators have no form there; opset {model.opset_imports['']} works",
+            help=f"opset={model.opset_imports['']}",
+        )
     branches.outlined(model)
     _name_sizes(model, call)
     _tie(model)
+    _clear(model)
     _check_domains(model)
     model.producer_name = PRODUCER
     return model
@@ -75,23 +82,34 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
         return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
-    return {torch.ops.aten.sort.stable: stable_sort, **branches.translations()}
+    return {torch.ops.aten.sort.stable: stable_sort}
 
 
-def _refused(error: Exception, call: CallSpec) -> NotExported:
+def _refused(
+    error: Exception, program: torch.export.ExportedProgram, call: CallSpec
+) -> NotExported:
     """Which operator has no translation, and where it stands."""
-    chain, at = [], error
-    while at is not None:
-        chain.append(at)
-        at = at.__cause__  # type: ignore[assignment]
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
     text = "\n".join(str(e) for e in chain)
-    op = re.search(r"target=([\w.:]*aten[\w.]*)|([\w.:]*aten\.[\w.]+)", text)
-    named = (op[1] or op[2]).removeprefix("torch.ops.") if op else ""
+    found = re.search(r"torch\.ops\.([\w.]+)|op='(\w+\.\w+)'", text)
+    named = (found[1] or found[2]) if found else ""
     return NotExported(
         f"{named or call.model} cannot be written as ONNX",
         why=f"{type(chain[-1]).__name__}: {first_line(chain[-1])}",
-        help="leave out the pass that brings the operator in, or write another opset",
+        where=_place(program, named),
+        help="leave out the pass that brings the operator in (skip=PATH keeps one region dense)",
     )
+
+
+def _place(program: torch.export.ExportedProgram, op: str) -> str | None:
+    """The path of the first module that calls ``op``."""
+    for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if op and stack and str(node.target).startswith(op):
+            return f"at {list(stack.values())[-1][0]}"
+    return None
 
 
 def _name_sizes(model: Any, call: CallSpec) -> None:
@@ -130,6 +148,18 @@ def _tie(model: Any) -> None:
         elif not value.is_graph_output():
             value.replace_all_uses_with(first[key])
             del model.graph.initializers[name]
+
+
+def _clear(model: Any) -> None:
+    """Drop the exporter's notes (stack traces of every node); modules stay in the names."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
 
 
 def _check_domains(model: Any) -> None:
