@@ -111,7 +111,8 @@ def _region(y: Any) -> list[Any]:
         if _is(node, "Enter"):
             return True
         if node not in inside:
-            inside[node] = any([depends(v) for v in node.inputs])
+            held = [depends(value) for value in node.inputs]  # of all: no short cut
+            inside[node] = any(held)
         return inside[node]
 
     depends(y)

@@ -118,9 +118,7 @@ def export(
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
     cases = parity.compare(model, place) if check else ()
     tell()
-    found = Exported(
-        files, target, version, model.active, dict(sorted(operators.items())), cases
-    )
+    found = Exported(files, target, version, model.active, dict(sorted(operators.items())), cases)
     if not all(case.ok for case in cases):
         with contextlib.suppress(OSError):
             for file in files:  # a file that computes something else is not left lying about
@@ -128,8 +126,7 @@ def export(
         worst = max(cases, key=lambda case: case.relative)
         raise ParityFailed(
             f"the exported {model.call_spec.model} differs from the model, so it was not kept",
-            why=f"{worst.name}: relative error {worst.relative:.1e}, allowed"
-            f" {parity.RELATIVE:.0e}",
+            why=f"{worst.name}: relative error {worst.relative:.1e}, allowed {parity.RELATIVE:.0e}",
             where=found.text().partition("\n")[2],
             help="check=False (--no-check) keeps the file",
         )

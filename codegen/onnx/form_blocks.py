@@ -75,7 +75,9 @@ class BlockForm(BlockAttend):
     def _inside(self, block_of: Tensor, keys: int) -> Tensor:
         """bool (S, N): the block that each key lies in."""
         if self.grid:
-            count = int(math.prod(math.ceil(a / b) for a, b in zip(self.grid, self.tile, strict=True)))
+            count = int(
+                math.prod(math.ceil(a / b) for a, b in zip(self.grid, self.tile, strict=True))
+            )
             extra = keys - math.prod(self.grid)
             count += -(-extra // math.prod(self.tile)) if isinstance(extra, int) and extra else 0
             blocks = torch.arange(count, device=block_of.device)

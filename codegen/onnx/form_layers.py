@@ -1,4 +1,4 @@
-"""The form of a layer that runs for some tokens: it runs for all, and dead tokens keep what they had.
+"""The form of a layer that runs for some tokens: it runs for all, dead ones keep what they had.
 
 Where live tokens attend to live tokens only, keys of dead ones are masked in every attention of the
 layer's body, and their cache entries are zeros, as eager leaves them.

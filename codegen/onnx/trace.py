@@ -68,9 +68,7 @@ def _export(graph: fx.GraphModule, model: SparseModel) -> torch.export.ExportedP
         graph.recompile()
     example = tuple(model.example)
     with torch.no_grad(), silenced():
-        return torch.export.export(
-            graph, example, dynamic_shapes=dims_of(model), strict=False
-        )
+        return torch.export.export(graph, example, dynamic_shapes=dims_of(model), strict=False)
 
 
 def dims_of(model: SparseModel) -> tuple[dict[int, Any], ...]:

@@ -26,8 +26,7 @@ def check_opset(opset: int | None) -> int:
     if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
         raise BadInput(
             f"opset {opset} cannot be written",
-            why="the exporter's operators are those of opset"
-            f" {OPSETS.start} to {OPSETS.stop - 1}",
+            why=f"the exporter's operators are those of opset {OPSETS.start} to {OPSETS.stop - 1}",
             help=f"leave it out: {OPSET} is read by ONNX Runtime 1.17 and later",
         )
     return opset

@@ -83,8 +83,8 @@ def _into_place(made: list[Path], folder: Path, aside: Path) -> None:
                 kept = aside / f"{file.name}.old"
                 target.rename(kept)
                 old.append((kept, target))
-            os.replace(file, target)
+            file.replace(target)
     except OSError:
         for kept, target in old:
-            os.replace(kept, target)
+            kept.replace(target)
         raise

@@ -27,8 +27,15 @@ def export(
         typer.Option(metavar="A", help="Active budget in the file, 0 < A <= 1; as OUT if absent."),
     ] = None,
     opset: Annotated[
-        int | None, typer.Option(metavar="N", help="Opset to write.", show_default="20")
+        int | None, typer.Option(metavar="N", help="Opset to write, 18 to 24; 20 if absent.")
     ] = None,
+    routing: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="mask: dead units are set to zero; branch: unused experts are not run.",
+        ),
+    ] = "mask",
     external_data: Annotated[
         bool,
         typer.Option(
@@ -49,6 +56,7 @@ def export(
     """
     checks.fraction("--active", active)
     checks.among("--target", target, ("portable",))
+    checks.among("--routing", routing, ("mask", "branch"))
     checks.saved(saved)
     checks.output_file("FILE", output, force=force)
     checks.onnx(check=not no_check)
@@ -62,6 +70,7 @@ def export(
             output,
             target=target,
             opset=opset,
+            routing=routing,
             external_data=True if external_data else None,
             check=not no_check,
             force=force,

@@ -61,7 +61,9 @@ def test_dead_experts_are_not_read(exported: tuple[Any, Path], tmp_path: Path) -
         value.const_value = ir.tensor(kept.numpy() * float("nan"), name=name)
         ir.save(file, tmp_path / "one.onnx")
         value.const_value = kept
-        found = parity.run(parity.session(tmp_path / "one.onnx"), parity.input_names(model.call_spec), flat)[0]
+        found = parity.run(
+            parity.session(tmp_path / "one.onnx"), parity.input_names(model.call_spec), flat
+        )[0]
         if torch.isfinite(found).all():
             poisoned += 1
             assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())

@@ -185,9 +185,7 @@ def test_adapters_are_to_be_merged_first() -> None:
         trace.formed(model)
 
 
-def test_a_file_that_differs_is_not_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_file_that_differs_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program, made = object(), ir.load
     case = parity.Case("decode", 0.1, 1.0)
     monkeypatch.setattr(exporting.trace, "traced", lambda model, skip: program)
