@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -26,7 +25,7 @@ class Exported:
     Attributes:
         files: the graph's file first, then its weights' where they are apart.
         target, opset: what it needs of a runtime; active: router -> the budget in the file.
-        operators: how many of each.
+        forms: what routed modules became -> how many; operators: how many of each.
         cases: the file against the model; empty where it was not asked for.
     """
 
@@ -34,6 +33,7 @@ class Exported:
     target: str
     opset: int
     active: dict[str, float]
+    forms: dict[str, int]
     operators: dict[str, int]
     cases: tuple[parity.Case, ...]
 
@@ -50,6 +50,7 @@ class Exported:
             "target": self.target,
             "opset": self.opset,
             "active": self.active,
+            "forms": self.forms,
             "operators": self.operators,
             "parity": [{**dataclasses.asdict(c), "ok": c.ok} for c in self.cases],
         }
@@ -60,13 +61,8 @@ class Exported:
             f"wrote {self.files[0]}: {self.target}, opset {self.opset}, {self.size / 1e6:.1f} MB"
             + (f" with {self.files[1].name}" if len(self.files) > 1 else "")
         ]
-        for case in self.cases:
-            agree = "" if case.same is None else f", same token {case.same:.1%}"
-            lines.append(
-                f"  {'ok ' if case.ok else 'BAD'} {case.name:<13} relative error"
-                f" {case.relative:.1e}{agree}"
-            )
-        return "\n".join(lines)
+        lines += [f"  {count} x {what}" for what, count in self.forms.items()]
+        return "\n".join([*lines, *(f"  {case.text()}" for case in self.cases)])
 
 
 def export(
@@ -94,40 +90,54 @@ def export(
         raise BadInput(
             "the model has no example to trace with", help="compile it again, with an example"
         )
-    steps = iter(("trace", "translate", "write", "check", "done"))
-
-    def tell() -> None:
-        what = next(steps)
-        if progress is not None:
-            progress("export", ("trace", "translate", "write", "check", "done").index(what), 4)
-
+    tell = _teller(progress)
     tell()
-    program = trace.traced(model, skip=routing == "branch")
+    graph = trace.formed(model, skip=routing == "branch")
+    program = trace.traced(graph, model)
     tell()
     made = translate.translated(program, model.call_spec, version)
-    del program
-    made.metadata_props["sparsify.pipeline"] = model.pipeline
-    made.metadata_props["sparsify.target"] = target
-    made.metadata_props["sparsify.routing"] = routing
+    made.metadata_props.update(
+        {
+            "sparsify.pipeline": model.pipeline,
+            "sparsify.target": target,
+            "sparsify.routing": routing,
+        }
+    )
     tell()
-    files = write.write(made, place, external=external_data, force=force)
-    files = tuple(sorted(files, key=lambda file: file != place))
+    with write.writing(made, place, external=external_data, force=force) as file:
+        tell()
+        cases = parity.compare(model, file) if check else ()
+        _hold(cases, model)
     tell()
     operators: dict[str, int] = {}
     for node in made.graph.all_nodes():
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
-    cases = parity.compare(model, place) if check else ()
-    tell()
-    found = Exported(files, target, version, model.active, dict(sorted(operators.items())), cases)
-    if not all(case.ok for case in cases):
-        with contextlib.suppress(OSError):
-            for file in files:  # a file that computes something else is not left lying about
-                file.unlink()
-        worst = max(cases, key=lambda case: case.relative)
-        raise ParityFailed(
-            f"the exported {model.call_spec.model} differs from the model, so it was not kept",
-            why=f"{worst.name}: relative error {worst.relative:.1e}, allowed {parity.RELATIVE:.0e}",
-            where=found.text().partition("\n")[2],
-            help="check=False (--no-check) keeps the file",
-        )
-    return found
+    return Exported(
+        write.files_of(place), target, version, model.active, trace.told(graph),
+        dict(sorted(operators.items())), cases,
+    )  # fmt: skip
+
+
+def _teller(progress: Progress | None) -> Callable[[], None]:
+    """Called before every step, and at the end."""
+    done = iter(range(5))
+
+    def tell() -> None:
+        at = next(done)
+        if progress is not None:
+            progress("export", at, 4)
+
+    return tell
+
+
+def _hold(cases: tuple[parity.Case, ...], model: SparseModel) -> None:
+    """ParityFailed where a case is off."""
+    if all(case.ok for case in cases):
+        return
+    worst = max(cases, key=lambda case: case.relative)
+    raise ParityFailed(
+        f"the exported {model.call_spec.model} differs from the model, so it was not kept",
+        why=f"{worst.name}: relative error {worst.relative:.1e}, allowed {parity.RELATIVE:.0e}",
+        where="\n".join(case.text() for case in cases),
+        help="check=False (--no-check) keeps the file",
+    )

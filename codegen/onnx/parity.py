@@ -44,6 +44,12 @@ class Case:
         """Within :data:`RELATIVE`."""
         return self.relative <= RELATIVE
 
+    def text(self) -> str:
+        """One line."""
+        agree = "" if self.same is None else f", same token {self.same:.1%}"
+        word = "ok " if self.ok else "BAD"
+        return f"{word} {self.name:<13} relative error {self.relative:.1e}{agree}"
+
 
 def session(path: Path, *, threads: int = 1) -> Any:
     """An ONNX Runtime session on the CPU."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsify.codegen.onnx.forms import Unformed, into_forms
+from sparsify.codegen.plan import working
 from sparsify.errors import NotExported
 from sparsify.runtime.calling import CausalCall
 from sparsify.runtime.graph import clone
@@ -21,18 +22,12 @@ from sparsify.runtime.model import SparseModel
 _NOISY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx", "onnxscript")
 
 
-def traced(model: SparseModel, *, skip: bool = False) -> torch.export.ExportedProgram:
-    """The model at its present budget, with every size that its graph covers left open.
-
-    The model is not changed; the program shares its weights.
-
-    Args:
-        skip: dead experts stand in branches (:mod:`sparsify.codegen.onnx.branches`).
+def traced(graph: fx.GraphModule, model: SparseModel) -> torch.export.ExportedProgram:
+    """The program of :func:`formed`'s graph, every size that ``model`` covers left open.
 
     Raises:
-        NotExported: a module has no form, or torch.export cannot trace the forms.
+        NotExported: torch.export cannot trace the forms.
     """
-    graph = formed(model, skip=skip)
     try:
         return _export(graph, model)
     except Exception as error:  # torch.export raises anything
@@ -45,7 +40,14 @@ def traced(model: SparseModel, *, skip: bool = False) -> torch.export.ExportedPr
 
 
 def formed(model: SparseModel, *, skip: bool = False) -> fx.GraphModule:
-    """A clone of the model's graph, its weights shared, its routed modules in their forms."""
+    """A clone of the model's graph, its weights shared, its routed modules in their forms.
+
+    Args:
+        skip: dead experts stand in branches (:mod:`sparsify.codegen.onnx.branches`).
+
+    Raises:
+        NotExported: a module has no form.
+    """
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     graph = clone(model.graph, shared)
     graph.eval()
@@ -60,6 +62,16 @@ def formed(model: SparseModel, *, skip: bool = False) -> fx.GraphModule:
     with torch.no_grad():
         graph.forward(*model.example)  # forms look at the example once, with real numbers
     return graph
+
+
+def told(graph: fx.GraphModule) -> dict[str, int]:
+    """What routed modules became -> how many of them."""
+    found: dict[str, int] = {}
+    for _, module in working(graph):
+        kind = next(c for c in type(module).__mro__ if ".onnx." not in c.__module__).__name__
+        how = "in branches" if getattr(module, "skip", False) else "by masks"
+        found[f"{kind} {how}"] = found.get(f"{kind} {how}", 0) + 1
+    return found
 
 
 def _export(graph: fx.GraphModule, model: SparseModel) -> torch.export.ExportedProgram:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,48 +32,73 @@ def check_place(path: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write {path}", why=f"the folder {parent} is not writable")
 
 
-def write(model: Any, path: Path, *, external: bool | None, force: bool) -> tuple[Path, ...]:
-    """Write an ``onnx_ir.Model``; the files that were written.
+@contextlib.contextmanager
+def writing(model: Any, path: Path, *, external: bool | None, force: bool) -> Iterator[Path]:
+    """Write an ``onnx_ir.Model``; inside, the file lies apart, and may still be refused.
+
+    It takes its place at the end; on any error what was there is still there, and nothing else.
 
     Args:
         external: weights in a file of their own, ``NAME.data``; None = where the model is larger
             than a protobuf may be.
 
     Raises:
-        OutputError: the disk is full or the place not writable. What was there is still there.
+        OutputError: the disk is full or the place not writable.
     """
     (ir,) = need("onnx_ir")
     check_place(path, force=force)
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values())
-    if external is None:
-        external = size > LIMIT
-    elif not external and size > LIMIT:
-        raise OutputError(
-            f"{path} cannot hold its weights",
-            why=f"a single ONNX file holds 2 GiB at most, the weights are {size / 2**30:.1f} GiB",
-            help="write the weights into a file of their own (external data)",
-        )
+    options = _options(model, path, external)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         fresh.mkdir()
-        options = (
-            {"external_data": f"{path.name}.data", "size_threshold_bytes": SMALL}
-            if external
-            else {}
-        )
         ir.save(model, fresh / path.name, **options)
+        yield fresh / path.name
         made = sorted(fresh.iterdir(), key=lambda file: file.name == path.name)  # the graph last
         _into_place(made, path.parent, fresh)
+        if not options:
+            _data(path).unlink(missing_ok=True)  # of the file that was replaced
     except OSError as error:
         raise OutputError(
-            f"cannot write {path}", why=error.strerror or str(error), help="nothing was changed"
+            f"cannot write {path}", why=_why(error, path.parent), help="nothing was changed"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    stale = path.with_name(f"{path.name}.data")
-    if not external and force and stale.exists():
-        stale.unlink()
-    return tuple(path.with_name(file.name) for file in made)
+
+
+def _why(error: OSError, folder: Path) -> str:
+    """numpy says how much it wrote, not that the disk is full."""
+    if error.errno is None and shutil.disk_usage(folder).free < 1 << 20:
+        return os.strerror(errno.ENOSPC)
+    return error.strerror or str(error)
+
+
+def write(model: Any, path: Path, *, external: bool | None, force: bool) -> tuple[Path, ...]:
+    """:func:`writing` with nothing between; the files that were written."""
+    with writing(model, path, external=external, force=force):
+        pass
+    return files_of(path)
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The graph's file, then its weights' where they are apart."""
+    return (path, _data(path)) if _data(path).exists() else (path,)
+
+
+def _data(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
+def _options(model: Any, path: Path, external: bool | None) -> dict[str, Any]:
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    if size <= LIMIT and not external:
+        return {}
+    if external is False:
+        raise OutputError(
+            f"{path} cannot hold its weights",
+            why=f"a single ONNX file holds 2 GiB at most, the weights are {size / 2**30:.1f} GiB",
+            help="write the weights into a file of their own (external_data=True)",
+        )
+    return {"external_data": _data(path).name, "size_threshold_bytes": SMALL}
 
 
 def _into_place(made: list[Path], folder: Path, aside: Path) -> None:

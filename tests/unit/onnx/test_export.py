@@ -51,6 +51,10 @@ def test_parity_is_reported_and_held(file: tuple[Path, Any]) -> None:
     assert all(case.ok and case.same == 1 for case in found.cases)
     assert set(found.active.values()) == {0.5}
     assert found.text().count("ok ") == 5
+    assert found.forms == {
+        "RoutedRows by masks": 2, "RoutedAttend by masks": 2, "RoutedColumns by masks": 2,
+        "RoutedFFN by masks": 2,
+    }  # fmt: skip
 
 
 def test_names_and_sizes_are_optimums(file: tuple[Path, Any]) -> None:
@@ -77,6 +81,18 @@ def test_only_the_standard_and_nothing_twice(file: tuple[Path, Any]) -> None:
     weights = sum(p.numel() for p in llama().parameters())
     stored = sum(v.const_value.size for v in model.graph.initializers.values())
     assert stored < 1.1 * weights + 2000
+
+
+def test_onnxs_own_evaluator_agrees(file: tuple[Path, Any]) -> None:
+    """The standard's reference implementation, operator by operator in numpy."""
+    reference = pytest.importorskip("onnx.reference")
+    flat = parity.cases(llama())[1][1]
+    names = parity.input_names(llama().call_spec)
+    feed = {name: tensor.numpy() for name, tensor in zip(names, flat, strict=True)}
+    (logits,) = reference.ReferenceEvaluator(str(file[0])).run(["logits"], feed)
+    with torch.no_grad():
+        eager = llama().graph(*flat)[0].numpy()
+    assert np.abs(logits - eager).max() <= 1e-4 * np.abs(eager).max()
 
 
 def test_generation_equals_eagers(file: tuple[Path, Any]) -> None:
@@ -152,7 +168,7 @@ def test_runs_with_onnxruntime_alone(file: tuple[Path, Any], tmp_path: Path) -> 
 def test_nothing_is_traced_for_a_place_that_is_taken(
     file: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trace, "traced", lambda model, skip: pytest.fail("traced"))
+    monkeypatch.setattr(trace, "formed", lambda model, skip: pytest.fail("traced"))
     with pytest.raises(OutputError, match="exists already"):
         llama().export(file[0])
 
@@ -188,12 +204,14 @@ def test_adapters_are_to_be_merged_first() -> None:
 def test_a_file_that_differs_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program, made = object(), ir.load
     case = parity.Case("decode", 0.1, 1.0)
-    monkeypatch.setattr(exporting.trace, "traced", lambda model, skip: program)
+    monkeypatch.setattr(exporting.trace, "traced", lambda graph, model: program)
     monkeypatch.setattr(exporting.translate, "translated", lambda p, call, opset: empty())
     monkeypatch.setattr(exporting.parity, "compare", lambda model, path: (case,))
+    (tmp_path / "a.onnx").write_text("the file before")
     with pytest.raises(ParityFailed, match="decode"):
-        llama().export(tmp_path / "a.onnx")
-    assert list(tmp_path.iterdir()) == []
+        llama().export(tmp_path / "a.onnx", force=True)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["the file before"]
+    (tmp_path / "a.onnx").unlink()
     assert llama().export(tmp_path / "a.onnx", check=False).cases == ()
     assert made(tmp_path / "a.onnx").metadata_props["sparsify.pipeline"] == llama().pipeline
 
