@@ -138,4 +138,5 @@ def fused(y: Tensor, mixing: Tensor) -> Tensor:
     """:func:`sparsify.runtime.hidden.fuse` for any number of leading dimensions."""
     width, groups, _ = mixing.shape
     grouped = y.unflatten(-1, (groups, width)).transpose(-1, -2).unsqueeze(-2)  # (..., c, 1, N)
-    return (grouped @ mixing).squeeze(-2).transpose(-1, -2).flatten(-2)
+    mixed: Tensor = (grouped @ mixing).squeeze(-2)
+    return mixed.transpose(-1, -2).flatten(-2)

@@ -72,7 +72,8 @@ def translated(program: torch.export.ExportedProgram, call: CallSpec, opset: int
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What torch's table lacks: op -> how it is written."""
-    from onnxscript import opset18 as op
+    (onnxscript,) = need("onnxscript")
+    op = onnxscript.opset18
 
     def stable_sort(
         self: Any, *, stable: bool = True, dim: int = -1, descending: bool = False
