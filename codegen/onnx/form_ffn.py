@@ -171,7 +171,8 @@ class FewBitsForm(FfnForm, FewBitsFFN):
         """int8 (N, m, D): a weight over its scale is a whole number."""
         weights = super().weights(role).float().unflatten(-1, (scales.shape[-1], -1))
         by = torch.where(scales > 0, scales, torch.inf).float()
-        return (weights / by.unsqueeze(-1)).round().to(torch.int8).flatten(-2)
+        codes: Tensor = (weights / by.unsqueeze(-1)).round().to(torch.int8)
+        return codes.flatten(-2)
 
     def weights(self, role: str, start: int = 0, size: int | None = None) -> Tensor:
         if size is not None or start:
