@@ -245,6 +245,31 @@ class SparseModel(nn.Module):
             ) from error
         return codegen.lower(self, int8=int8)
 
+    def export(self, path: str | os.PathLike[str], **options: Any) -> Any:
+        """Write the model at its present budget as ONNX.
+
+        Args:
+            path: the file, ``model.onnx``.
+            options: ``target`` (``portable``: the standard's operators only), ``opset``,
+                ``external_data`` (weights in a file beside it; by itself above 2 GiB),
+                ``routing`` (``mask``: dead units are set to zero; ``branch``: experts that no token
+                uses are not run), ``check`` (hold the file against the model, in ONNX Runtime),
+                ``force`` (replace a file), ``progress``.
+
+        Returns:
+            What was written: files, operators and parity (:mod:`sparsify.codegen.onnx.export`).
+
+        Raises:
+            NotExported, ParityFailed, OutputError, BadInput, MissingDependency.
+        """
+        try:  # by name: the runtime stands without it
+            codegen = importlib.import_module("sparsify.codegen.onnx.export")
+        except ModuleNotFoundError as error:
+            raise BadInput(
+                "this installation has no code generator", help="pip install sparsify-fx"
+            ) from error
+        return codegen.export(self, path, **options)
+
     def tidied(self, tokens: int | None = None) -> dict[str, int]:
         """What inference on a CPU leaves out of the graph, and how often; results stay the same.
 

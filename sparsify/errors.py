@@ -141,6 +141,19 @@ class ClaimFailed(SparsifyError):
     evidence: Any = ()
 
 
+class NotExported(SparsifyError):
+    """An operator or a routed module cannot be written as ONNX."""
+
+    tag = "not exported"
+
+
+class ParityFailed(SparsifyError):
+    """An exported file does not compute what the model computes."""
+
+    exit_code = 1
+    tag = "parity failed"
+
+
 class SparsifyBug(SparsifyError):
     """An error of ours; ``help`` names the reproducer folder."""
 

@@ -184,6 +184,16 @@ def triton(option: str, wanted: object) -> None:
         )
 
 
+def onnx(*, check: bool) -> None:
+    """Refuse an export where the extra is not installed."""
+    for name in ("onnx", "onnx_ir", "onnxscript", *(["onnxruntime"] if check else [])):
+        if importlib.util.find_spec(name) is None:
+            raise MissingDependency(
+                f"ONNX export needs {name}, which is not installed",
+                help="pip install 'sparsify-fx[onnx]'",
+            )
+
+
 def _writable(path: Path) -> None:
     parent = path.absolute().parent
     while not parent.exists() and parent != parent.parent:

@@ -41,6 +41,7 @@ def _run(args: list[str]) -> int:
     for verbs in (
         "build",
         "use",
+        "onnx",
         "bench",
         "search",
         "train",

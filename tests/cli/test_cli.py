@@ -24,7 +24,7 @@ from sparsify.errors import ClaimFailed, NothingMatched
 ROOT = Path(__file__).parents[2]
 VERBS = (
     "inspect", "compile", "diff", "verify", "bisect", "reproduce", "eval", "generate", "demo",
-    "bench", "search", "heal", "passes", "env",
+    "export", "bench", "search", "heal", "passes", "env",
 )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""ONNX: a routed model as one file, its routing done by operators of the standard opset."""

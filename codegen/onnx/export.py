@@ -1,0 +1,143 @@
+"""The export as a whole: trace, translate, write, and hold the file against the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsify.codegen.onnx import parity, trace, translate, write
+from sparsify.codegen.onnx.needs import EXTRA, need
+from sparsify.errors import BadInput, ParityFailed
+from sparsify.runtime.model import SparseModel
+
+TARGETS = ("portable",)
+ROUTING = ("mask", "branch")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        files: the graph's file first, then its weights' where they are apart.
+        target, opset: what it needs of a runtime; active: router -> the budget in the file.
+        forms: what routed modules became -> how many; operators: how many of each.
+        cases: the file against the model; empty where it was not asked for.
+    """
+
+    files: tuple[Path, ...]
+    target: str
+    opset: int
+    active: dict[str, float]
+    forms: dict[str, int]
+    operators: dict[str, int]
+    cases: tuple[parity.Case, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "files": [str(file) for file in self.files],
+            "bytes": self.size,
+            "target": self.target,
+            "opset": self.opset,
+            "active": self.active,
+            "forms": self.forms,
+            "operators": self.operators,
+            "parity": [{**dataclasses.asdict(c), "ok": c.ok} for c in self.cases],
+        }
+
+    def text(self) -> str:
+        """For the terminal."""
+        lines = [
+            f"wrote {self.files[0]}: {self.target}, opset {self.opset}, {self.size / 1e6:.1f} MB"
+            + (f" with {self.files[1].name}" if len(self.files) > 1 else "")
+        ]
+        lines += [f"  {count} x {what}" for what, count in self.forms.items()]
+        return "\n".join([*lines, *(f"  {case.text()}" for case in self.cases)])
+
+
+def export(
+    model: SparseModel,
+    path: str | os.PathLike[str],
+    *,
+    target: str = "portable",
+    opset: int | None = None,
+    external_data: bool | None = None,
+    routing: str = "mask",
+    check: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write ``model`` at its present budget as ONNX; see :meth:`SparseModel.export`."""
+    place = Path(path)
+    version = translate.check_opset(opset)
+    if target not in TARGETS:
+        raise BadInput(f"no target '{target}'", help=f"one of: {', '.join(TARGETS)}")
+    if routing not in ROUTING:
+        raise BadInput(f"no routing '{routing}'", help=f"one of: {', '.join(ROUTING)}")
+    need(*(EXTRA if check else EXTRA[:3]))
+    write.check_place(place, force=force)
+    if not model.example:
+        raise BadInput(
+            "the model has no example to trace with", help="compile it again, with an example"
+        )
+    tell = _teller(progress)
+    tell()
+    graph = trace.formed(model, skip=routing == "branch")
+    program = trace.traced(graph, model)
+    tell()
+    made = translate.translated(program, model.call_spec, version)
+    made.metadata_props.update(
+        {
+            "sparsify.pipeline": model.pipeline,
+            "sparsify.target": target,
+            "sparsify.routing": routing,
+        }
+    )
+    tell()
+    with write.writing(made, place, external=external_data, force=force) as file:
+        tell()
+        cases = parity.compare(model, file) if check else ()
+        _hold(cases, model)
+    tell()
+    operators: dict[str, int] = {}
+    for node in made.graph.all_nodes():
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    return Exported(
+        write.files_of(place), target, version, model.active, trace.told(graph),
+        dict(sorted(operators.items())), cases,
+    )  # fmt: skip
+
+
+def _teller(progress: Progress | None) -> Callable[[], None]:
+    """Called before every step, and at the end."""
+    done = iter(range(5))
+
+    def tell() -> None:
+        at = next(done)
+        if progress is not None:
+            progress("export", at, 4)
+
+    return tell
+
+
+def _hold(cases: tuple[parity.Case, ...], model: SparseModel) -> None:
+    """ParityFailed where a case is off."""
+    if all(case.ok for case in cases):
+        return
+    worst = max(cases, key=lambda case: case.relative)
+    raise ParityFailed(
+        f"the exported {model.call_spec.model} differs from the model, so it was not kept",
+        why=f"{worst.name}: relative error {worst.relative:.1e}, allowed {parity.RELATIVE:.0e}",
+        where="\n".join(case.text() for case in cases),
+        help="check=False (--no-check) keeps the file",
+    )

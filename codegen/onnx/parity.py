@@ -1,0 +1,125 @@
+"""Whether the file computes what the model computes: ONNX Runtime against eager, case by case."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.codegen.onnx.names import input_names
+from sparsify.codegen.onnx.needs import need
+from sparsify.evidence import error_between
+from sparsify.runtime.calling import CausalCall
+from sparsify.runtime.model import SparseModel
+
+RELATIVE = 1e-4  # of the largest output, in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Attributes:
+        name: example, prefill, decode, ...
+        error: largest absolute difference of any output; scale: largest absolute value of that one.
+        same: share of positions whose likeliest token is the same (causal models), else None.
+    """
+
+    name: str
+    error: float
+    scale: float
+    same: float | None = None
+
+    @property
+    def relative(self) -> float:
+        """Of the output's scale."""
+        return self.error / max(self.scale, 1e-30)
+
+    @property
+    def ok(self) -> bool:
+        """Within :data:`RELATIVE`."""
+        return self.relative <= RELATIVE
+
+    def text(self) -> str:
+        """One line."""
+        agree = "" if self.same is None else f", same token {self.same:.1%}"
+        word = "ok " if self.ok else "BAD"
+        return f"{word} {self.name:<13} relative error {self.relative:.1e}{agree}"
+
+
+def session(path: Path, *, threads: int = 1) -> Any:
+    """An ONNX Runtime session on the CPU."""
+    (ort,) = need("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def compare(model: SparseModel, path: Path) -> tuple[Case, ...]:
+    """Every case of :func:`cases` on the file and in eager."""
+    running = session(path)
+    return tuple(_case(name, model, running, flat) for name, flat in cases(model))
+
+
+def run(running: Any, names: Sequence[str], flat: Sequence[Tensor]) -> list[Tensor]:
+    """The session's outputs on flat inputs; those that the file does not read are left out."""
+    known = {value.name for value in running.get_inputs()}
+    feed = {
+        name: tensor.detach().cpu().contiguous().numpy()
+        for name, tensor in zip(names, flat, strict=True)
+        if name in known
+    }
+    return [torch.from_numpy(found) for found in running.run(None, feed)]
+
+
+def _case(name: str, model: SparseModel, running: Any, flat: Sequence[Tensor]) -> Case:
+    with torch.no_grad():
+        eager = model.graph(*flat)
+    found = run(running, input_names(model.call_spec), flat)
+    pairs = [error_between(a, b) for a, b in zip(found, eager, strict=True)]
+    error, scale = max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
+    same = None
+    if isinstance(model.call_spec, CausalCall) and eager[0].numel():
+        same = float((found[0].argmax(-1) == eager[0].argmax(-1)).double().mean())
+    return Case(name, error, scale, same)
+
+
+def cases(model: SparseModel) -> list[tuple[str, list[Tensor]]]:
+    """(name, flat inputs): the example, and other sizes where the graph is open."""
+    call = model.call_spec
+    found = [("example", list(model.example))]
+    free = bool(call.slots) and all(size is None for size in call.slots[0].shape)
+    if not isinstance(call, CausalCall):
+        batch = model.example[0].shape[0] if model.example and model.example[0].dim() else 0
+        open_batch = [bool(s.shape) and s.shape[0] is None for s in call.slots]
+        same = [t.dim() > 0 and t.shape[0] == batch for t in model.example]
+        if batch > 1 and open_batch and all(o == s for o, s in zip(open_batch, same, strict=True)):
+            found.append(("one sample", [t[:1] for t in model.example]))
+        return found
+    if not free:
+        return found
+    ids = _ids(call, batch=3, tokens=9)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    dtype = model.dtype
+    found.append(("prefill", call.inputs(ids[:1], dtype=dtype)))
+    found.append(("batch", call.inputs(ids, dtype=dtype)))
+    if call.masked:
+        found.append(("left padding", call.inputs(ids, mask, dtype=dtype)))
+    if call.layers:
+        with torch.no_grad():
+            _, *cache = model.graph(*call.inputs(ids, mask if call.masked else None, dtype=dtype))
+        past = list(zip(cache[::2], cache[1::2], strict=True))
+        longer = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1) if call.masked else None
+        found.append(("decode", call.inputs(ids[:, :1], longer, None, past)))
+    return found
+
+
+def _ids(call: CausalCall, batch: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, max(call.vocabulary - 1, 4), (batch, tokens), generator=generator)

@@ -1,0 +1,118 @@
+"""A model written whole or not at all: into a folder beside its place, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsify.codegen.onnx.needs import need
+from sparsify.errors import OutputError
+
+LIMIT = (1 << 31) - (1 << 20)  # protobuf's 2 GiB, less room for the graph
+SMALL = 1024  # bytes of a tensor that stays in the graph's own file
+
+
+def check_place(path: Path, *, force: bool) -> None:
+    """OutputError where ``path`` is taken or plainly cannot be written."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", help="name a file, such as model.onnx")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already", help="choose another name, or force it")
+    parent = path.parent
+    if not parent.is_dir():
+        why = "is not a folder" if parent.exists() else "is not there"
+        raise OutputError(f"cannot write {path}", why=f"the folder {parent} {why}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}", why=f"the folder {parent} is not writable")
+
+
+@contextlib.contextmanager
+def writing(model: Any, path: Path, *, external: bool | None, force: bool) -> Iterator[Path]:
+    """Write an ``onnx_ir.Model``; inside, the file lies apart, and may still be refused.
+
+    It takes its place at the end; on any error what was there is still there, and nothing else.
+
+    Args:
+        external: weights in a file of their own, ``NAME.data``; None = where the model is larger
+            than a protobuf may be.
+
+    Raises:
+        OutputError: the disk is full or the place not writable.
+    """
+    (ir,) = need("onnx_ir")
+    check_place(path, force=force)
+    options = _options(model, path, external)
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        fresh.mkdir()
+        ir.save(model, fresh / path.name, **options)
+        yield fresh / path.name
+        made = sorted(fresh.iterdir(), key=lambda file: file.name == path.name)  # the graph last
+        _into_place(made, path.parent, fresh)
+        if not options:
+            _data(path).unlink(missing_ok=True)  # of the file that was replaced
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}", why=_why(error, path.parent), help="nothing was changed"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _why(error: OSError, folder: Path) -> str:
+    """numpy says how much it wrote, not that the disk is full."""
+    if error.errno is None and shutil.disk_usage(folder).free < 1 << 20:
+        return os.strerror(errno.ENOSPC)
+    return error.strerror or str(error)
+
+
+def write(model: Any, path: Path, *, external: bool | None, force: bool) -> tuple[Path, ...]:
+    """:func:`writing` with nothing between; the files that were written."""
+    with writing(model, path, external=external, force=force):
+        pass
+    return files_of(path)
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The graph's file, then its weights' where they are apart."""
+    return (path, _data(path)) if _data(path).exists() else (path,)
+
+
+def _data(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
+def _options(model: Any, path: Path, external: bool | None) -> dict[str, Any]:
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    if size <= LIMIT and not external:
+        return {}
+    if external is False:
+        raise OutputError(
+            f"{path} cannot hold its weights",
+            why=f"a single ONNX file holds 2 GiB at most, the weights are {size / 2**30:.1f} GiB",
+            help="write the weights into a file of their own (external_data=True)",
+        )
+    return {"external_data": _data(path).name, "size_threshold_bytes": SMALL}
+
+
+def _into_place(made: list[Path], folder: Path, aside: Path) -> None:
+    """Rename the files into ``folder``; old ones come back where one cannot be renamed."""
+    old: list[tuple[Path, Path]] = []
+    try:
+        for file in made:
+            target = folder / file.name
+            if target.exists():
+                kept = aside / f"{file.name}.old"
+                target.rename(kept)
+                old.append((kept, target))
+            file.replace(target)
+    except OSError:
+        for kept, target in old:
+            kept.replace(target)
+        raise

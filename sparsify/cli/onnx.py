@@ -1,0 +1,79 @@
+"""The verb that writes a saved model for other runtimes: export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsify.cli import checks, show
+from sparsify.cli.app import JsonFlag, QuietFlag, SavedArgument, app
+from sparsify.cli.progress import bars
+
+
+@app.command()
+def export(
+    saved: SavedArgument,
+    output: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="The ONNX file to write.", show_default=False),
+    ],
+    target: Annotated[
+        str, typer.Option(metavar="T", help="portable: the standard's operators only.")
+    ] = "portable",
+    active: Annotated[
+        float | None,
+        typer.Option(metavar="A", help="Active budget in the file, 0 < A <= 1; as OUT if absent."),
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option(metavar="N", help="Opset to write, 18 to 24; 20 if absent.")
+    ] = None,
+    routing: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="mask: dead units are set to zero; branch: unused experts are not run.",
+        ),
+    ] = "mask",
+    external_data: Annotated[
+        bool,
+        typer.Option(
+            "--external-data", help="Weights into FILE.data; by itself where they exceed 2 GiB."
+        ),
+    ] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not hold the file against the model.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Write a saved model as ONNX.
+
+    The file computes what the model computes at its present budget, and is held against it in ONNX
+    Runtime. Language models get key/value cache inputs and outputs, named as Optimum names them.
+    """
+    checks.fraction("--active", active)
+    checks.among("--target", target, ("portable",))
+    checks.among("--routing", routing, ("mask", "branch"))
+    checks.saved(saved)
+    checks.output_file("FILE", output, force=force)
+    checks.onnx(check=not no_check)
+    with bars(quiet=quiet) as progress:
+        from sparsify import api
+
+        model = api.load(saved)
+        if active is not None:
+            model.set_active(active)
+        found = model.export(
+            output,
+            target=target,
+            opset=opset,
+            routing=routing,
+            external_data=True if external_data else None,
+            check=not no_check,
+            force=force,
+            progress=progress,
+        )
+    print(show.as_json(found.to_dict()) if json else found.text())

@@ -1,0 +1,53 @@
+"""The matrix in benchmarks/results/ONNX.md: it is what its JSON says, and a sample holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsify import registry
+from tests.contract.zoo_captures import MODELS, captured
+
+pytest.importorskip("onnxruntime")
+ROOT = Path(__file__).parents[3]
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "onnx_matrix", ROOT / "benchmarks" / "onnx_matrix.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_was_measured() -> None:
+    matrix = script()
+    cells = json.loads(matrix.RESULTS.read_text())
+    assert matrix.TABLE.read_text() == matrix.table(cells)
+    for key, cell in cells.items():
+        name, work = key.split(" ")
+        assert name in MODELS and work in registry.names()
+        assert cell.get("left") or cell.get("refused") or cell["error"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        ("nanogpt", "hidden-route"),
+        ("nanogpt", "depth-mod"),
+        pytest.param("llama", "depth-mor", marks=pytest.mark.slow),
+        pytest.param("llama", "attn-moba", marks=pytest.mark.slow),
+        pytest.param("vit", "ffn-bits", marks=pytest.mark.slow),
+        pytest.param("dit", "ffn-mode", marks=pytest.mark.slow),
+        pytest.param("t5", "attn-moh", marks=pytest.mark.slow),
+    ],
+)
+def test_a_sample_of_it_holds(name: str, work: str) -> None:
+    cell = script().cell(captured(name), work)
+    assert cell["error"] <= 1e-4
