@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.codegen.onnx.forms import dead_to_zero, form, spread
+from sparsify.runtime.gated import GatedLinear
 from sparsify.runtime.heads import RoutedColumns, RoutedRows
 from sparsify.runtime.hidden import HiddenColumns, HiddenFFN
 from sparsify.runtime.inputs import RoutedLinear
@@ -99,13 +100,31 @@ class LinearForm(RoutedLinear):
     """x (..., in) -> (..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = self.select.centred(x)
-        if not self.select.all_live:
-            flat = dead_to_zero(flat, self.select.live(self.select.scores(flat)))
-        y = flat @ self.columns
-        if self.offset is not None:
-            y = y + self.offset
-        return y if self.bias is None else y + self.bias
+        return _sums(self, x)
+
+
+@form(GatedLinear)
+class GatedForm(GatedLinear):
+    """x (..., in), gates (..., out) -> (..., out)."""
+
+    def prepare(self) -> None:
+        self.follow()
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        y = _sums(self, x)
+        if self.select.all_live or gates is None:
+            return y
+        return torch.where(self.open(gates), y, self.usual.to(y.dtype))
+
+
+def _sums(module: RoutedLinear, x: Tensor) -> Tensor:
+    flat = module.select.centred(x)
+    if not module.select.all_live:
+        flat = dead_to_zero(flat, module.select.live(module.select.scores(flat)))
+    y = flat @ module.columns
+    if module.offset is not None:
+        y = y + module.offset
+    return y if module.bias is None else y + module.bias
 
 
 @form(LatentProjection)

@@ -13,6 +13,7 @@ with :func:`form`; without one its eager forward is traced.
 from __future__ import annotations
 
 import importlib
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -56,6 +57,9 @@ def form_of(kind: type[RoutedModule]) -> type[RoutedModule] | None:
 class Silent(Counter):
     """A counter that counts nothing: sizes are symbols while a graph is traced."""
 
+    def __init__(self) -> None:
+        object.__setattr__(self, "numbers", array("q", [0] * 5))
+
     def __setattr__(self, name: str, value: Any) -> None:
         pass
 
@@ -63,9 +67,6 @@ class Silent(Counter):
         return 0
 
     def seen(self, tokens: int, units: int, live: int) -> None:
-        pass
-
-    def computed(self, tokens: int, units: int, live: int) -> None:
         pass
 
 

@@ -147,3 +147,16 @@ def test_evaluated_beside_baselines_and_saved(tmp_path: Path) -> None:
         one.set_active(0.5)
     with torch.no_grad():
         assert torch.equal(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("active", [1.0, 0.5])
+def test_its_exported_form(active: float) -> None:
+    from sparsify.codegen.onnx.forms import into_forms
+
+    module, x, gates = made(), draw(2, 5, IN, seed=7), draw(2, 5, OUT, seed=8)
+    module.select.set_active(active)
+    with torch.no_grad():
+        expected = module(x, gates)
+        into_forms(module)
+        assert type(module).__name__ == "GatedForm"
+        torch.testing.assert_close(module(x, gates), expected)
