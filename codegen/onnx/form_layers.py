@@ -7,6 +7,8 @@ layer's body, and their cache entries are zeros, as eager leaves them.
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from sparsify.runtime.graph import assemble
 from sparsify.runtime.spans import SpanAttend
 
 aten = torch.ops.aten
+_PRODUCTS: dict[Any, int] = {aten.matmul.default: 1, aten.bmm.default: 1, aten.baddbmm.default: 2}
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 
 
@@ -77,7 +80,11 @@ def with_dead_keys(body: fx.GraphModule) -> fx.GraphModule:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_after(inputs[-1]):
         dead = graph.placeholder("dead_keys")
+    stream = inputs[3]  # after three sizes
     for node in list(graph.nodes):
+        keys = _keys_of(node)
+        if keys is None or not _reads(keys, stream):  # no attention, or over an encoder's keys
+            continue
         if node.op == "call_module":
             module = body.get_submodule(str(node.target))
             if isinstance(module, SpanAttend | BlockAttend):
@@ -99,6 +106,33 @@ def with_dead_keys(body: fx.GraphModule) -> fx.GraphModule:
                 masked = graph.call_function(_masked, (dead, node.args[0]))
             node.args = (masked, *node.args[1:])
     return assemble(graph, body)
+
+
+def _keys_of(node: fx.Node) -> fx.Node | None:
+    """The keys that an attention, or a softmax over scores, reads; None for other nodes."""
+    found: Any = None
+    if node.op == "call_module" or node.target is aten.scaled_dot_product_attention.default:
+        found = node.args[1] if len(node.args) > 2 else None
+    elif node.target in _SOFTMAX:
+        product = next((n for n in _before(node) if n.target in _PRODUCTS), None)
+        found = None if product is None else product.args[_PRODUCTS[product.target]]
+    return found if isinstance(found, fx.Node) else None
+
+
+def _reads(node: fx.Node, source: fx.Node) -> bool:
+    """Whether ``node`` depends on ``source``."""
+    return any(at is source for at in _before(node))
+
+
+def _before(node: fx.Node) -> Iterator[fx.Node]:
+    """``node`` and what it depends on, the nearest first."""
+    seen, queue = {node}, deque([node])
+    while queue:
+        at = queue.popleft()
+        yield at
+        new = [source for source in at.all_input_nodes if source not in seen]
+        seen.update(new)
+        queue.extend(new)
 
 
 def _masked(dead: Tensor, scores: Tensor) -> Tensor:
