@@ -40,7 +40,7 @@ from sparsify.searching_result import Search
 
 KINDS = ("docstrings", "licences")
 CORES = 2
-EVERY = 4  # batches of a text between two writes
+EVERY = 2  # batches of a text between two writes
 RESULTS = Path(__file__).parent / "results" / "search.json"
 
 
@@ -71,13 +71,15 @@ def main(arguments: Sequence[str] | None = None, loaded: Loaded | None = None) -
     print(found.text_table(width=120))
     print(f"\nsearched in {wall / 60:.1f} minutes; {cpu / 60:.1f} CPU minutes", flush=True)
     report: dict[str, Any] = {"model": loaded.name, "machine": api.machine(), "minutes": minutes}
-    texts = [Text.of(kind, loaded.tokenizer, given.tokens, found) for kind in KINDS]
+    report["search"] = found.to_dict()
     given.output.parent.mkdir(exist_ok=True)
+    given.output.write_text(json.dumps(report, indent=1) + "\n")
+    texts = [Text.of(kind, loaded.tokenizer, given.tokens, found) for kind in KINDS]
     going = [text.measure() for text in texts]
     rows: list[dict[str, Any]] = []
     for _ in itertools.zip_longest(*going):  # in turns
         rows = [row for text in texts for row in text.rows()]
-        report |= {"rows": rows, "search": found.to_dict()}
+        report["rows"] = rows
         given.output.write_text(json.dumps(report, indent=1) + "\n")
     for row in rows:
         line = "{text:<12}{setting:<18}{flops:>8.3f} of the FLOPs, perplexity x {ratio:.3f}, "
