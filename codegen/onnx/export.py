@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsify.codegen.onnx import parity, targets, trace, translate, write
 from sparsify.codegen.onnx.needs import EXTRA, need
 from sparsify.errors import BadInput, ParityFailed
@@ -78,6 +80,11 @@ def export(
     """Write ``model`` at its present budget as ONNX; see :meth:`SparseModel.export`."""
     place = Path(path)
     version = targets.check(target, routing, opset)
+    if model.dtype != torch.float32:
+        raise BadInput(
+            f"a {str(model.dtype).removeprefix('torch.')} model cannot be exported yet",
+            help="model.float() first, or compile it with dtype='float32'",
+        )
     need(*(EXTRA if check else EXTRA[:3]))
     write.check_place(place, force=force)
     if not model.example:
