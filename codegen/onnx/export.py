@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsify.codegen.onnx import parity, trace, translate, write
+import torch
+
+from sparsify.codegen.onnx import parity, targets, trace, translate, write
 from sparsify.codegen.onnx.needs import EXTRA, need
 from sparsify.errors import BadInput, ParityFailed
 from sparsify.runtime.model import SparseModel
 
-TARGETS = ("portable",)
-ROUTING = ("mask", "branch")
 Progress = Callable[[str, int, int], None]
 
 
@@ -79,11 +79,12 @@ def export(
 ) -> Exported:
     """Write ``model`` at its present budget as ONNX; see :meth:`SparseModel.export`."""
     place = Path(path)
-    version = translate.check_opset(opset)
-    if target not in TARGETS:
-        raise BadInput(f"no target '{target}'", help=f"one of: {', '.join(TARGETS)}")
-    if routing not in ROUTING:
-        raise BadInput(f"no routing '{routing}'", help=f"one of: {', '.join(ROUTING)}")
+    version = targets.check(target, routing, opset)
+    if model.dtype != torch.float32:
+        raise BadInput(
+            f"a {str(model.dtype).removeprefix('torch.')} model cannot be exported yet",
+            help="model.float() first, or compile it with dtype='float32'",
+        )
     need(*(EXTRA if check else EXTRA[:3]))
     write.check_place(place, force=force)
     if not model.example:

@@ -11,25 +11,10 @@ import torch
 from sparsify.codegen.onnx import branches, names
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.trace import first_line, silenced
-from sparsify.errors import BadInput, NotExported
+from sparsify.errors import NotExported
 from sparsify.runtime.calling import CallSpec
 
-OPSET = 20  # default: what ONNX Runtime 1.17 and later read
-OPSETS = range(18, 25)  # the operators that torch's exporter writes begin at 18
 PRODUCER = "sparsify"
-
-
-def check_opset(opset: int | None) -> int:
-    """The opset to write; BadInput where the exporter has none of it."""
-    if opset is None:
-        return OPSET
-    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
-        raise BadInput(
-            f"opset {opset} cannot be written",
-            why=f"the exporter's operators are those of opset {OPSETS.start} to {OPSETS.stop - 1}",
-            help=f"leave it out: {OPSET} is read by ONNX Runtime 1.17 and later",
-        )
-    return opset
 
 
 def translated(program: torch.export.ExportedProgram, call: CallSpec, opset: int) -> Any:

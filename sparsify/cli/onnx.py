@@ -10,6 +10,7 @@ import typer
 from sparsify.cli import checks, show
 from sparsify.cli.app import JsonFlag, QuietFlag, SavedArgument, app
 from sparsify.cli.progress import bars
+from sparsify.codegen.onnx import targets
 
 
 @app.command()
@@ -55,8 +56,7 @@ def export(
     Runtime. Language models get key/value cache inputs and outputs, named as Optimum names them.
     """
     checks.fraction("--active", active)
-    checks.among("--target", target, ("portable",))
-    checks.among("--routing", routing, ("mask", "branch"))
+    targets.check(target, routing, opset)
     checks.saved(saved)
     checks.output_file("FILE", output, force=force)
     checks.onnx(check=not no_check)

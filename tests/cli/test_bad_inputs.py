@@ -317,7 +317,23 @@ BENCH = (
     Row("bench: nothing to route", "bench own:linear -p ffn-moe", ("[nothing matched]",), 3, OWN),
 )  # fmt: skip
 
-ROWS = PIPELINES + VALUES + FILES + MODELS + SAVED + BENCH
+EXPORT = (
+    Row("export: opset", "export saved a.onnx --opset 12",
+        ("opset 12 cannot be written", "18 to 24")),
+    Row("export: target", "export saved a.onnx --target potable", ("mean 'portable'?",)),
+    Row("export: routing", "export saved a.onnx --routing x", ("one of: mask, branch",)),
+    Row("export: budget", "export saved a.onnx --active 2", ("--active cannot be 2",)),
+    Row("export: no model", "export nowhere a.onnx", ("no saved model at nowhere",)),
+    Row("export: a folder", "export saved own.py/a.onnx", ("own.py is not a folder",),
+        prepare=saved),
+    Row("export: file exists", "export saved a.onnx", ("exists already", "--force"),
+        prepare=both(saved, write("a.onnx", "kept"))),
+    Row("export: no such folder", "export saved none/a.onnx", ("the folder none is not there",),
+        prepare=saved),
+    Row("export: damaged model", "export saved a.onnx", ("saved",), prepare=damaged_weights),
+)  # fmt: skip
+
+ROWS = PIPELINES + VALUES + FILES + MODELS + SAVED + BENCH + EXPORT
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import sparsify
 from sparsify.codegen.onnx import export as exporting
 from sparsify.codegen.onnx import parity, trace
 from sparsify.core import Refused
-from sparsify.errors import NotExported, OutputError, ParityFailed
+from sparsify.errors import BadInput, NotExported, OutputError, ParityFailed
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.lora import LoRA
 from tests.contract.zoo_captures import captured
@@ -192,8 +193,6 @@ def test_what_has_no_form_is_refused_with_its_place(
 
 
 def test_adapters_are_to_be_merged_first() -> None:
-    import copy
-
     model = copy.deepcopy(llama())
     ffn = next(m for m in model.modules() if isinstance(m, RoutedFFN))
     torch.nn.utils.parametrize.register_parametrization(ffn, "up", LoRA(ffn.up, 2, 4.0))
@@ -220,6 +219,12 @@ def empty() -> Any:
     from tests.unit.onnx.test_write import model
 
     return model(4)
+
+
+def test_other_dtypes_are_refused_for_now(tmp_path: Path) -> None:
+    model = copy.deepcopy(llama()).to(torch.bfloat16)
+    with pytest.raises(BadInput, match="bfloat16 model cannot be exported yet"):
+        model.export(tmp_path / "a.onnx")
 
 
 def test_the_model_is_as_it_was(file: tuple[Path, Any]) -> None:

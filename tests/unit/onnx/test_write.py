@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sparsify.codegen.onnx.needs import need
-from sparsify.codegen.onnx.translate import check_opset
+from sparsify.codegen.onnx.targets import check
 from sparsify.codegen.onnx.write import write
 from sparsify.errors import BadInput, MissingDependency, OutputError
 
@@ -136,7 +136,15 @@ def test_a_small_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("opset", [1, 17, 99, True])
 def test_opsets_that_cannot_be_written(opset: int) -> None:
     with pytest.raises(BadInput, match="cannot be written"):
-        check_opset(opset)
+        check("portable", "mask", opset)
+
+
+def test_targets_and_routings_by_name() -> None:
+    assert check("portable", "branch", None) == 20
+    with pytest.raises(BadInput, match="did you mean 'portable'"):
+        check("potable", "mask", None)
+    with pytest.raises(BadInput, match="one of: mask, branch"):
+        check("portable", "x", None)
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:

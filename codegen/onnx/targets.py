@@ -1,0 +1,29 @@
+"""What can be asked of an export; told apart here, so that a slip costs no waiting (no torch)."""
+
+from __future__ import annotations
+
+from sparsify.errors import BadInput, did_you_mean
+
+TARGETS = ("portable",)  # the standard's operators only
+ROUTING = ("mask", "branch")  # dead units are set to zero; unused experts are not run
+OPSET = 20  # default: what ONNX Runtime 1.17 and later read
+OPSETS = range(18, 25)  # the operators that torch's exporter writes begin at 18
+
+
+def check(target: str, routing: str, opset: int | None) -> int:
+    """The opset to write; BadInput for what is not on offer."""
+    for name, value, legal in (("target", target, TARGETS), ("routing", routing, ROUTING)):
+        if value not in legal:
+            raise BadInput(
+                f"no {name} '{value}'",
+                help=did_you_mean(value, legal) or f"one of: {', '.join(legal)}",
+            )
+    if opset is None:
+        return OPSET
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
+        raise BadInput(
+            f"opset {opset} cannot be written",
+            why=f"the exporter's operators are those of opset {OPSETS[0]} to {OPSETS[-1]}",
+            help=f"leave it out: {OPSET} is read by ONNX Runtime 1.17 and later",
+        )
+    return opset
