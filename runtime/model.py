@@ -212,7 +212,8 @@ class SparseModel(nn.Module):
         """Router path -> its budget."""
         from sparsify.runtime.budget import Budgeted
 
-        return {p: float(m.active) for p, m in self.named_modules() if isinstance(m, Budgeted)}
+        routers = [(p, m) for p, m in self.named_modules() if isinstance(m, Budgeted)]
+        return {path: float(m.active) for path, m in routers if not m.follows}
 
     def realised(self) -> dict[str, float]:
         """Routed module path -> fraction of units that were live since the last reset."""

@@ -118,6 +118,8 @@ _OURS: dict[str, str] = {
     "Prefix": "sparsify.runtime.prefix",
     "Magnitude": "sparsify.runtime.inputs",
     "RoutedLinear": "sparsify.runtime.inputs",
+    "Factor": "sparsify.runtime.gated",
+    "GatedLinear": "sparsify.runtime.gated",
     "RoutedFFN": "sparsify.runtime.ffn",
     "CompressedFFN": "sparsify.runtime.compressed",
     "FewBitsFFN": "sparsify.runtime.few_bits",

@@ -191,6 +191,11 @@ def _region(gm: fx.GraphModule, down: Linear, tree: _Tree, sources: list[Linear]
     roles = [("up", tree.leaves[up]), ("down", down)]
     if gate is not None:
         roles.insert(0, ("gate", tree.leaves[gate]))
+    parts = projections(gm, roles, ports)
+    factor = _factor(down.x, tree, up)
+    for part in parts:
+        if part.ports["y"] is up and factor is not None:
+            part.ports["gate"] = factor
     return FeedForward(
         path=common_path([weights[up].weight_name, down.tensors(gm).weight_name]),
         where=source_line(down.nodes[0].meta),
@@ -201,8 +206,18 @@ def _region(gm: fx.GraphModule, down: Linear, tree: _Tree, sources: list[Linear]
         activation_name=activation_name(activation),
         ports=ports,
         sites={"ffn": Site(down.result, tuple(order))},
-        parts=projections(gm, roles, ports),
+        parts=parts,
     )
+
+
+def _factor(hidden: fx.Node, tree: _Tree, up: fx.Node) -> fx.Node | None:
+    """What ``up`` is multiplied with to give ``hidden``, where it is computed before ``up``."""
+    if op_base(hidden) not in ("mul", "mul_") or len(hidden.all_input_nodes) != 2:
+        return None
+    one, two = hidden.all_input_nodes
+    other = two if one is up else one
+    before = other in tree.nodes and int(other.meta["order"]) < int(up.meta["order"])
+    return other if up in (one, two) and before else None
 
 
 def common_path(names: list[str]) -> str:

@@ -147,7 +147,8 @@ def run_stage(
             new = _modules(outcome)
             local = stage.work_at(region.path)
             state.made += [(module, local) for module in new]
-            found = {m: None for module in new for m in module.modules() if isinstance(m, Budgeted)}
+            held = [m for module in new for m in module.modules()]
+            found = {m: None for m in held if isinstance(m, Budgeted) and not m.follows}
             at = len(state.stages) - 1
             state.placed.append(Placed(at, work.name, region.path, tuple(found)))
             for was, now in outcome.moved.items():

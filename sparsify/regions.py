@@ -132,7 +132,8 @@ class Projection(Region):
     """One dense projection ``y = x W^T + b`` of a larger region.
 
     Ports: ``x`` (..., in), ``y`` (..., out), ``result`` the result of the larger region and
-    ``stream`` its residual stream (where it has one). Sites: ``projection``.
+    ``stream`` its residual stream (where it has one); of ``up``, ``gate`` (..., out) what its
+    result is multiplied with, where that is known before it. Sites: ``projection``.
     ``role``: what it is in the larger region, ``up``, ``gate``, ``down``, ``query``, ``key``,
     ``value``, ``output``, or several joined by ``+`` where they are fused. ``parent``: its path.
     ``time_major``: rows run over (T, B) inside the region, not (B, T). ``beside``: all projections

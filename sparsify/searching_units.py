@@ -128,7 +128,8 @@ def _nodes(gm: fx.GraphModule) -> dict[Budgeted, list[fx.Node]]:
         users = []
         if isinstance(module, Budgeted):
             users = [user for user in node.users if user.op == "call_module"]
-        for router in (m for m in module.modules() if isinstance(m, Budgeted)):
+        routers = (m for m in module.modules() if isinstance(m, Budgeted))
+        for router in (r for r in routers if not r.follows):
             found.setdefault(router, []).extend([node, *users])
     return found
 

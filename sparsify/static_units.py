@@ -225,7 +225,7 @@ class Inputs(Units):
         self.weight = float(module.columns.numel())
 
     def watched(self, moments: Moments) -> contextlib.AbstractContextManager[None]:
-        def forward(_: nn.Module, x: Tensor) -> Tensor:
+        def forward(_: nn.Module, x: Tensor, *gates: Tensor) -> Tensor:
             moments.add_rows(x)
             return linear(x, self.module.columns.t(), self.module.bias)
 
@@ -240,7 +240,7 @@ class Inputs(Units):
         weight = (self.module.columns if rows is None else rows)[live].t()
         own = self.module.bias
         total = own if bias is None else bias if own is None else own + bias
-        return running(self.module, lambda _, x: linear(x[..., live], weight, total))
+        return running(self.module, lambda _, x, *gates: linear(x[..., live], weight, total))
 
 
 class Heads(Units):

@@ -83,7 +83,7 @@ def _forward(path: str, module: nn.Module, cut: Cut) -> Callable[..., Tensor] | 
         return lambda _, x: ffn.output(cut(f"{path}.h", ffn.hidden(cut(f"{path}.x", x))))
     if isinstance(module, RoutedLinear):
         weight, bias = module.columns.t(), module.bias
-        return lambda _, x: linear(cut(f"{path}.x", x), weight, bias)
+        return lambda _, x, *gates: linear(cut(f"{path}.x", x), weight, bias)
     if isinstance(module, RoutedRows | RoutedColumns):
         usual = module.forward
         return lambda _, x, select: usual(cut(f"{path}.x", x), select)
