@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsify.runtime.cost import Cost
-from sparsify.runtime.dispatch import HALF, watched
-from sparsify.runtime.inputs import FEW, Magnitude, RoutedLinear, read_few, used_only
+from sparsify.runtime.inputs import Magnitude, RoutedLinear
 from sparsify.runtime.router import own
 from sparsify.runtime.spec import dtype_of, nested, routed
 
@@ -70,35 +69,19 @@ class GatedLinear(RoutedLinear):
         if self.neurons.setting != self.select.setting:
             self.neurons.setting = self.select.setting
 
-    def open(self, gates: Tensor) -> Tensor:
-        """gates (..., out), after the activation -> bool (..., out)."""
-        return self.neurons.live(self.neurons.scores(gates))
-
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x (..., in), gates (..., out) after the activation -> (..., out)."""
         assert gates is not None  # optional only because the base class has none
         self.follow()
         width, out = self.columns.shape
-        flat = self.select.centred(x.reshape(-1, width))
-        tokens, opened = len(flat), None
-        if self.select.all_live:
-            self.counter.seen(tokens, width, tokens * width)
-            self.counter.rows += tokens * width
-            y = flat @ self.columns
-        else:
-            live = self.select.live(self.select.scores(flat))
-            opened = self.open(gates.reshape(-1, out))
-            pairs = (live.sum(1).double() * opened.sum(1)).sum() / out  # as inputs of all neurons
-            self.counter.seen(tokens, width, round(float(pairs)))
-            few = 0 < tokens <= FEW and x.device.type == "cpu" and x.dtype not in HALF
-            if few and not watched(x, self):
-                y = read_few(flat, live, self.columns, self.counter)
-            else:
-                left, right = used_only(flat.masked_fill(~live, 0.0), live, self.columns)
-                self.counter.rows += left.numel()
-                y = left @ right
-        if self.offset is not None:
-            y = y + self.offset
+        flat = x.reshape(-1, width)
+        live: Tensor | None = self.select(self.select.centred(flat))
+        opened: Tensor | None = self.neurons(gates.reshape(-1, out))
+        pairs = float(flat.numel())
+        if live is not None and opened is not None:  # as inputs of all neurons
+            pairs = float((live.sum(1).double() * opened.sum(1)).sum() / out)
+        self.counter.seen(len(flat), width, round(pairs))
+        y = self.product(flat, live)
         if self.bias is not None:
             y = y + self.bias
         if opened is not None:
