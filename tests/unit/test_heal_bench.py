@@ -1,0 +1,46 @@
+"""benchmarks/heal.py on a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    yield importlib.import_module("heal")
+    sys.modules.pop("heal", None)
+
+
+def test_heal(script: Any, tmp_path: Path) -> None:
+    out = tmp_path / "h.json"
+    script.main(
+        ["--quick", "--pipeline", "hidden-route{at=*.mlp.* active=0.5}", "--fitted", "mixed",
+         "--train", "routed", "--half", "--steps", "4", "--every", "4", "--rate", "20",
+         "--kinds", "docstrings,code", "--tokens", "1024", "--output", str(out)]
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    assert [row["text"] for row in found["measured"]] == [
+        "docstrings, held out", "code, held out",
+    ]  # fmt: skip
+    dial = found["dial"]
+    assert dial["before share"] <= 0.5 + script.NEAR
+    assert dial["after share"] <= dial["before share"] + script.NEAR
+    for row in found["measured"]:
+        assert row["tokens"] == 1024
+        for who in ("before", "after"):
+            low, high = row[who]["ratio_within"]
+            assert low <= row[who]["ratio"] <= high
+            assert row[who]["counted"] == pytest.approx(0.5, abs=0.1)
+            assert row[who]["ratio"] == pytest.approx(row[who]["perplexity"] / row["dense"])
+    assert found["healing"]["train"] == "routed"
