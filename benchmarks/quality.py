@@ -1,8 +1,8 @@
 """Perplexity beside static pruning and TEAL, a look: benchmarks/quality/text.py on 4,096 tokens.
 
-``python benchmarks/quality.py`` takes about 25 minutes on two cores; ``--pipeline`` takes any
-passes. The tables of 51,200 tokens a text, of questions and of embeddings are made by the scripts
-in benchmarks/quality/.
+``python benchmarks/quality.py`` takes about ten minutes of two cores; it takes the options of that
+script, ``--pipeline`` any passes. The tables of 25,600 tokens a text, of questions and of
+embeddings are made by the scripts in benchmarks/quality/.
 """
 
 from __future__ import annotations

@@ -57,10 +57,10 @@ class Budgeted(RoutedModule):
         company: how far the routers of other passes are turned down too, between 0 (not at all) and
             1 (as far as this one); mixes the two settled tables.
         drift: added to one threshold for all units while scores change in training; not saved.
-        follows: set to what another router of the same module is; the dial passes it over.
+        led: set to what another router of the same module is; the dial passes it over.
     """
 
-    follows: bool = False
+    led: bool = False
 
     quantiles: Tensor | None
     errors: Tensor | None

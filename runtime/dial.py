@@ -42,7 +42,7 @@ def _owned(model: nn.Module) -> list[tuple[str, str, Budgeted]]:
     for path, module in model.named_modules():
         name = getattr(module, "pass_name", "") or owner.get(path.rpartition(".")[0], "")
         owner[path] = name
-        if isinstance(module, Budgeted) and not module.follows:
+        if isinstance(module, Budgeted) and not module.led:
             found.append((path, name, module))
     return found
 

@@ -53,7 +53,7 @@ class GatedLinear(RoutedLinear):
     ) -> None:
         super().__init__(columns, bias, select)
         self.neurons = neurons
-        neurons.follows = True
+        neurons.led = True
         self.register_buffer("usual", usual.detach().to(columns.dtype))
 
     @classmethod

@@ -213,7 +213,7 @@ class SparseModel(nn.Module):
         from sparsify.runtime.budget import Budgeted
 
         routers = [(p, m) for p, m in self.named_modules() if isinstance(m, Budgeted)]
-        return {path: float(m.active) for path, m in routers if not m.follows}
+        return {path: float(m.active) for path, m in routers if not m.led}
 
     def realised(self) -> dict[str, float]:
         """Routed module path -> fraction of units that were live since the last reset."""

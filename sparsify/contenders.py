@@ -111,7 +111,7 @@ def routed(model: nn.Module, call: Run, active: float, pass_name: str | None = N
 
 def at_budget(model: nn.Module, call: Run, active: float, pass_name: str | None = None) -> Run:
     """The model at a budget; routers are set only when they stand elsewhere."""
-    routers = [m for m in model.modules() if isinstance(m, Budgeted) and not m.follows]
+    routers = [m for m in model.modules() if isinstance(m, Budgeted) and not m.led]
     state: list[tuple[float, int | None, float]] = []
 
     def run(batch: Any) -> Any:

@@ -148,7 +148,7 @@ def run_stage(
             local = stage.work_at(region.path)
             state.made += [(module, local) for module in new]
             held = [m for module in new for m in module.modules()]
-            found = {m: None for m in held if isinstance(m, Budgeted) and not m.follows}
+            found = {m: None for m in held if isinstance(m, Budgeted) and not m.led}
             at = len(state.stages) - 1
             state.placed.append(Placed(at, work.name, region.path, tuple(found)))
             for was, now in outcome.moved.items():

@@ -129,7 +129,7 @@ def _nodes(gm: fx.GraphModule) -> dict[Budgeted, list[fx.Node]]:
         if isinstance(module, Budgeted):
             users = [user for user in node.users if user.op == "call_module"]
         routers = (m for m in module.modules() if isinstance(m, Budgeted))
-        for router in (r for r in routers if not r.follows):
+        for router in (r for r in routers if not r.led):
             found.setdefault(router, []).extend([node, *users])
     return found
 
