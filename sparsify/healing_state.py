@@ -98,7 +98,7 @@ class Trainee:
                         packed.append(name)
         if train == "lora":
             shards.add_adapters(model, packed, rank=rank, count=pieces, seed=seed)
-            groups["lora"] = lora.trained(model)
+            groups["lora"] = dict(lora.trained(model))
         if train == "routed":
             groups["routed"] = inside
         if train == "all":
@@ -113,11 +113,11 @@ class Trainee:
                 help="sparsify compile MODEL -p ffn-moe -o OUT",
             )
         for group in groups.values():
-            for parameter in group.values():
-                parameter.requires_grad_(True)
+            for trains in group.values():
+                trains.requires_grad_(True)
         start = {n: p.detach().clone() for g in groups.values() for n, p in g.items()}
         start |= {n: t.clone() for n, t in tables(model).items()}
-        start |= {f"{number}.offset": m.offset.clone() for number, m in enumerate(tied)}
+        start |= {name: offset.clone() for name, offset in _offsets(tied)}
         return cls(model, train, groups, flags, tied, start)
 
     @property
@@ -146,8 +146,8 @@ class Trainee:
         """The model as it was before: weights, tables, no adapters."""
         self.put(self._start)
         with torch.no_grad():
-            for number, module in enumerate(self._tied):  # bit for bit, on whatever machine
-                module.offset.copy_(self._start[f"{number}.offset"])
+            for name, offset in _offsets(self._tied):  # bit for bit, on whatever machine
+                offset.copy_(self._start[name])
         put_tables(self.model, self._start)
         lora.remove(self.model)
 
@@ -161,6 +161,12 @@ class Trainee:
             parameter.requires_grad_(flag)
         for centre in self.groups.get("centres", {}).values():  # a buffer
             centre.requires_grad_(False)
+
+
+def _offsets(tied: list[RoutedLinear]) -> Iterator[tuple[str, Tensor]]:
+    for number, module in enumerate(tied):
+        if module.offset is not None:
+            yield f"{number}.offset", module.offset.detach()
 
 
 def _is_tied(module: nn.Module, leaf: str) -> bool:
