@@ -7,9 +7,9 @@
 compiles SmolLM2-135M with the pipeline, fitted on the calibration half of ``--fitted``, distils the
 dense model into it on that text (``--text`` for another), and measures perplexity on the held-out
 half of every kind in ``--kinds``: dense, before, and after. Training shifts how much scores above a
-threshold, so the healed model is measured with its dial turned to where as much is live as before,
-never more than the budget (operations of the routed matrices, counted; mean over the kinds; the
-dial is matched on the first tokens of each). *Dense* is the model as it was before anything.
+threshold and how much that is depends on the text, so for every kind the dials of both models are
+turned until the operations counted on a sample of the measured sequences are just below the budget,
+and as many in both. *Dense* is the model as it was before anything.
 Writes benchmarks/results/heal-<pass>-<train>.json with the curves, and again after every kind.
 
 CPU minutes are process time of the healing: reading, training, measuring on the way and the final
@@ -38,13 +38,14 @@ from sparsify.counted import Tally
 from sparsify.evaluate import Score, compare
 from sparsify.healing import heal
 from sparsify.models import load_model
-from sparsify.runtime.dial import kept
 from sparsify.runtime.model import SparseModel
+from sparsify.saved import budget
 from sparsify.static_pruning import all_live
 
 RESULTS = Path(__file__).parent / "results"
 LENGTH = 256
-MATCHED = 1024  # tokens of each kind that the dial is matched on
+MATCHED = 2048  # tokens of each kind that operations are counted on, to turn the dials
+MARGIN = 0.002  # below the budget: the rest of the text differs
 NEAR = 0.002  # that the matched share may lie below the wanted one
 
 
@@ -67,17 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.save:
         model.save(given.save, force=True)
     texts = {kind: _held_out(model, kind, given.tokens) for kind in given.kinds.split(",")}
-    shares = _matched(model, before, list(texts.values()), given.active)
     name = f"heal-{given.pipeline.partition('{')[0]}-{given.train}.json"
     output = given.output or RESULTS / name
     found: dict[str, Any] = {
         "model": "smollm2", "pipeline": model.pipeline, "fitted": given.fitted,
         "machine": api.machine(), "half": given.half, "cpu_minutes": spent / 60,
-        "budget": given.active, "dial": shares, "measured": [], "healing": _short(healed.to_dict()),
+        "budget": given.active, "measured": [], "healing": _short(healed.to_dict()),
     }  # fmt: skip
     for kind, rows in texts.items():
-        row = _measured(before, model, rows)
-        found["measured"].append({"text": f"{kind}, held out", **row})
+        share = _turned(before, rows, given.active, given.active - MARGIN)
+        _turned(model, rows, given.active, share)
+        row = {"text": f"{kind}, held out", **_measured(before, model, rows)}
+        found["measured"].append(row)
         print(kind, json.dumps(row), flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -168,7 +170,7 @@ def _measured(before: SparseModel, after: SparseModel, rows: torch.Tensor) -> di
             "ratio": score.perplexity / scores["dense"].perplexity,
             "ratio_within": _within(drawn, score, scores["dense"]),
             "kl": score.mean_kl, "top1": score.top1, "counted": tally.flops,
-            "live": _mean(tally.shares),
+            "live": _mean(tally.shares), "dial": budget((before, after)[name == "after"]),
         }  # fmt: skip
     gap = math.log(found["before"]["ratio"])
     found["gap_closed"] = 1 - math.log(found["after"]["ratio"]) / gap if gap else 0.0
@@ -188,46 +190,31 @@ def _mean(shares: dict[str, float]) -> float:
     return sum(shares.values()) / max(len(shares), 1)
 
 
-def _share(model: SparseModel, texts: Sequence[torch.Tensor]) -> float:
-    """Counted operations over dense ones on the first tokens of each text, their mean."""
-    found = []
-    for rows in texts:
-        tally = Tally(model)
-        with torch.no_grad():
-            for ids in rows[: max(MATCHED // rows.shape[1], 1)].split(1):
-                tally.reset()
-                model(input_ids=ids, use_cache=False)
-                tally.add()
-        found.append(_mean(tally.shares) if tally.flops is None else tally.flops)
-    return sum(found) / len(found)
+def _share(model: SparseModel, rows: torch.Tensor) -> float:
+    """Counted operations over dense ones on a sample of the sequences, evenly spread."""
+    tally = Tally(model)
+    sample = rows[:: max(rows.numel() // MATCHED, 1)]
+    with torch.no_grad():
+        for ids in sample.split(1):
+            tally.reset()
+            model(input_ids=ids, use_cache=False)
+            tally.add()
+    return _mean(tally.shares) if tally.flops is None else tally.flops
 
 
-def _matched(
-    model: SparseModel, before: SparseModel, texts: Sequence[torch.Tensor], active: float
-) -> dict[str, float]:
-    """Turn both dials to where no more than the budget, and as much in both, is counted."""
-    found = {"before": _turned(before, texts, active, active)}
-    wanted = min(found["before"]["share"], active)
-    found["after"] = _turned(model, texts, active, wanted)
-    return {f"{who} {key}": value for who, row in found.items() for key, value in row.items()}
-
-
-def _turned(
-    model: SparseModel, texts: Sequence[torch.Tensor], active: float, wanted: float
-) -> dict[str, float]:
-    """Dial and share of the highest setting tried that counts at most ``wanted``."""
+def _turned(model: SparseModel, rows: torch.Tensor, active: float, wanted: float) -> float:
+    """Turn the dial to the highest place tried that counts at most ``wanted``; the share there."""
     tried: list[tuple[float, float]] = []
     dial = active
-    with kept(model):
-        for _ in range(5):
-            model.set_active(min(dial, 1.0))
-            tried.append((_share(model, texts), min(dial, 1.0)))
-            if wanted - NEAR <= tried[-1][0] <= wanted:
-                break
-            dial += wanted - NEAR / 2 - tried[-1][0]
+    for _ in range(5):
+        model.set_active(min(dial, 1.0))
+        tried.append((_share(model, rows), min(dial, 1.0)))
+        if wanted - NEAR <= tried[-1][0] <= wanted:
+            break
+        dial += wanted - NEAR / 2 - tried[-1][0]
     share, dial = max((row for row in tried if row[0] <= wanted), default=min(tried))
     model.set_active(dial)
-    return {"active": dial, "share": share}
+    return share
 
 
 def _short(healing: dict[str, Any]) -> dict[str, Any]:

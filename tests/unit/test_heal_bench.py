@@ -33,14 +33,12 @@ def test_heal(script: Any, tmp_path: Path) -> None:
     assert [row["text"] for row in found["measured"]] == [
         "docstrings, held out", "code, held out",
     ]  # fmt: skip
-    dial = found["dial"]
-    assert dial["before share"] <= 0.5 + script.NEAR
-    assert dial["after share"] <= dial["before share"] + script.NEAR
     for row in found["measured"]:
         assert row["tokens"] == 1024
         for who in ("before", "after"):
             low, high = row[who]["ratio_within"]
             assert low <= row[who]["ratio"] <= high
+            assert row[who]["counted"] <= 0.5
             assert row[who]["counted"] == pytest.approx(0.5, abs=0.1)
             assert row[who]["ratio"] == pytest.approx(row[who]["perplexity"] / row["dense"])
     assert found["healing"]["train"] == "routed"
