@@ -69,24 +69,18 @@ class GatedLinear(RoutedLinear):
         if self.neurons.setting != self.select.setting:
             self.neurons.setting = self.select.setting
 
-    def open(self, gates: Tensor) -> Tensor:
-        """gates (..., out), after the activation -> bool (..., out)."""
-        return self.neurons.live(self.neurons.scores(gates))
-
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x (..., in), gates (..., out) after the activation -> (..., out)."""
         assert gates is not None  # optional only because the base class has none
         self.follow()
         width, out = self.columns.shape
         flat = x.reshape(-1, width)
-        tokens, opened = len(flat), None
         live: Tensor | None = self.select(self.select.centred(flat))
-        pairs = tokens * width
-        if live is not None:
-            opened = self.open(gates.reshape(-1, out))
-            # as inputs of all neurons
-            pairs = round(float((live.sum(1).double() * opened.sum(1)).sum()) / out)
-        self.counter.seen(tokens, width, pairs)
+        opened: Tensor | None = self.neurons(gates.reshape(-1, out))
+        pairs = float(flat.numel())
+        if live is not None and opened is not None:  # as inputs of all neurons
+            pairs = float((live.sum(1).double() * opened.sum(1)).sum() / out)
+        self.counter.seen(len(flat), width, round(pairs))
         y = self.product(flat, live)
         if self.bias is not None:
             y = y + self.bias

@@ -113,10 +113,9 @@ class Thresholds:
     """
 
     def __init__(self, model: nn.Module, rate: float = 0.3) -> None:
-        found = routers(model)
         self.members = [
             r
-            for _, r in found
+            for r in _budgeted(model)
             if r.selector.mean and not r.selector.per_unit and r.quantiles is not None
         ]
         self.rate = rate
@@ -176,6 +175,11 @@ class Thresholds:
             router.changed()
 
 
+def _budgeted(model: nn.Module) -> list[Budgeted]:
+    """All that select, also those that the dial passes over because they follow another."""
+    return [m for m in model.modules() if isinstance(m, Budgeted)]
+
+
 def resettle(model: nn.Module, run: Callable[[], Any]) -> None:
     """Fit the thresholds of a trained model anew.
 
@@ -187,7 +191,7 @@ def resettle(model: nn.Module, run: Callable[[], Any]) -> None:
         model: its budgets are as before after it.
         run: runs the model on text like what it will see, thousands of tokens in one forward.
     """
-    mine = [r for _, r in routers(model) if r.rule == "threshold" and r.quantiles is not None]
+    mine = [r for r in _budgeted(model) if r.rule == "threshold" and r.quantiles is not None]
     if not mine:
         return
     passes = dict.fromkeys(m.pass_name for m in model.modules() if isinstance(m, RoutedModule))

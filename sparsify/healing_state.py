@@ -23,6 +23,7 @@ from sparsify.errors import BadCheckpoint, BadInput
 from sparsify.runtime import lora, shards
 from sparsify.runtime.budget import TABLES, Budgeted
 from sparsify.runtime.files import new_folder, read_json, sha256, write_json
+from sparsify.runtime.gated import GatedLinear
 from sparsify.runtime.inputs import RoutedLinear
 from sparsify.runtime.model import SparseModel
 from sparsify.runtime.spec import RoutedModule
@@ -81,6 +82,8 @@ class Trainee:
             if isinstance(module, RoutedLinear) and module.offset is not None:
                 tied.append(module)
                 groups["centres"][f"{path}.select.centre"] = module.select.get_buffer("centre")
+            if isinstance(module, GatedLinear):
+                groups["centres"][f"{path}.usual"] = module.usual
             for leaf, parameter in module._parameters.items():
                 if parameter is None or not parameter.is_floating_point():
                     continue

@@ -15,7 +15,8 @@ from sparsify import healing, healing_loss
 from sparsify.errors import BadCheckpoint, BadInput, OutputError
 from sparsify.healing import heal
 from sparsify.runtime.dial import routers
-from sparsify.runtime.inputs import RoutedLinear
+from sparsify.runtime.gated import GatedLinear
+from sparsify.runtime.inputs import Magnitude, RoutedLinear
 from sparsify.runtime.training import resettle
 from tests.contract.zoo_captures import captured
 
@@ -212,9 +213,10 @@ def test_divergence_is_kl_with_its_gradient() -> None:
 # ---------------------------------------------------------------------------- hidden-route
 
 
-def thinned() -> Any:
+def thinned(gated: bool = False) -> Any:
+    text = "hidden-route{gated=true at=*.mlp.*}" if gated else "hidden-route{at=*.mlp.*}"
     made = sparsify.compile(
-        captured("llama"), "hidden-route{at=*.mlp.*}", calibration=[IDS[:8]], active=0.5,
+        captured("llama"), text, calibration=[IDS[:8]], active=0.5,
         share=False,
     )  # fmt: skip
     with torch.no_grad():  # centres that are plainly wrong; the dense limit is as it was
@@ -232,10 +234,20 @@ def projections(made: Any) -> dict[str, RoutedLinear]:
 
 
 @pytest.mark.parametrize(
-    ("train", "rate"), [("routers", 30.0), ("lora", 3.0), ("routed", 30.0), ("all", 30.0)]
+    ("train", "rate", "gated"),
+    [
+        ("routers", 30.0, False),
+        ("routers", 30.0, True),
+        ("lora", 3.0, False),
+        ("routed", 30.0, False),
+        ("routed", 30.0, True),
+        ("all", 30.0, False),
+    ],
 )
-def test_projections_heal_and_stay_whole(train: Any, rate: float, tmp_path: Path) -> None:
-    made = thinned()
+def test_projections_heal_and_stay_whole(
+    train: Any, rate: float, gated: bool, tmp_path: Path
+) -> None:
+    made = thinned(gated)
     before = state(made)
     wanted = made(input_ids=IDS, use_cache=False)
     found = heal(made, [IDS], train=train, rate=rate, **OPTIONS)
@@ -244,16 +256,18 @@ def test_projections_heal_and_stay_whole(train: Any, rate: float, tmp_path: Path
     assert found.final["live"] == pytest.approx(found.start["live"], abs=0.03)
     changed = {n for n, t in state(made).items() if not torch.equal(t, before[n])}
     assert any(n.endswith("select.centre") for n in changed)
+    assert any(n.endswith("usual") for n in changed) == gated
     assert any(n.endswith("columns") for n in changed) == (train != "routers")
     assert any("q_proj" in n for n in changed) == (train == "all")
     for module in projections(made).values():  # the offset is still that of centre and columns
         assert module.offset is not None and module.select.centre is not None
         torch.testing.assert_close(module.offset, module.select.centre @ module.columns)
         assert not module.select.centre.requires_grad
+        assert not isinstance(module, GatedLinear) or not module.usual.requires_grad
     assert sparsify.verify(made).ok
     if train == "routers":  # the dense limit is the one before
         made.set_active(1.0)
-        whole = thinned()
+        whole = thinned(gated)
         whole.set_active(1.0)
         torch.testing.assert_close(
             made(input_ids=IDS, use_cache=False), whole(input_ids=IDS, use_cache=False)
@@ -323,10 +337,18 @@ def test_a_huge_token_counts_as_a_usual_one() -> None:
     assert float(found) == pytest.approx(0.01, rel=1e-4)
 
 
-def test_thresholds_of_projections_are_fitted_anew() -> None:
-    made = thinned()  # with centres moved, then resettled on IDS
-    made.reset_counters()
+@pytest.mark.parametrize("gated", [False, True])
+def test_thresholds_of_projections_are_fitted_anew(gated: bool) -> None:
+    made = thinned(gated)  # with centres moved, then resettled on IDS
+    seen: dict[str, float] = {}
+    for path, module in made.named_modules():
+        if isinstance(module, Magnitude):
+            module.register_forward_hook(
+                lambda m, i, o, path=path: seen.update({path: float(o.float().mean())})
+            )
     made(input_ids=IDS, use_cache=False)
-    live = made.realised()
-    for path, router in routers(made):
-        assert live[path.removesuffix(".select")] == pytest.approx(router.active, abs=0.002)
+    for path, share in seen.items():
+        router = made.get_submodule(path)
+        assert share == pytest.approx(router.budget / router.routed, abs=0.002)
+    kinds = {path.rpartition(".")[2] for path in seen}
+    assert kinds == ({"select", "neurons"} if gated else {"select"})
