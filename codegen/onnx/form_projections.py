@@ -112,9 +112,8 @@ class GatedForm(GatedLinear):
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         y = _sums(self, x)
-        if self.select.all_live or gates is None:
-            return y
-        return torch.where(self.open(gates), y, self.usual.to(y.dtype))
+        opened = None if gates is None else self.neurons(gates)
+        return y if opened is None else torch.where(opened, y, self.usual.to(y.dtype))
 
 
 def _sums(module: RoutedLinear, x: Tensor) -> Tensor:
