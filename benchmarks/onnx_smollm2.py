@@ -12,11 +12,9 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 RESULTS = Path(__file__).parent / "results" / "onnx-smollm2.json"
@@ -44,7 +42,7 @@ def main() -> None:
 
 def measured(model: Any, ids: Any, folder: Path, given: Any) -> dict[str, Any]:
     """Both files of one model."""
-    from sparsify.codegen.onnx.parity import session
+    from sparsify.codegen.onnx.parity import greedy, session
 
     model.set_active(1.0)
     dense = model.export(folder / "dense.onnx", check=False)
@@ -72,30 +70,6 @@ def measured(model: Any, ids: Any, folder: Path, given: Any) -> dict[str, Any]:
         "parity": {case.name: float(f"{case.relative:.1e}") for case in routed.cases},
         **{f"ms_{k}": round(statistics.median(v) * 1e3, 2) for k, v in times.items()},
     }
-
-
-def greedy(running: Any, ids: Any, count: int) -> tuple[list[int], list[float]]:
-    """Tokens, and the seconds of every call, with the file's own cache."""
-    caches = [v for v in running.get_inputs() if v.name.startswith("past_key_values")]
-    past = {v.name: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32) for v in caches}
-    outputs = [v.name for v in running.get_outputs()]
-    seen, found, spent = 0, list[int](), list[float]()
-    while len(found) < count:
-        tokens = ids.shape[1]
-        feed = {
-            "input_ids": ids,
-            "attention_mask": np.ones((1, seen + tokens), np.int64),
-            "position_ids": np.arange(seen, seen + tokens)[None],
-            **past,
-        }
-        start = time.perf_counter()
-        result = dict(zip(outputs, running.run(None, feed), strict=True))
-        spent.append(time.perf_counter() - start)
-        past = {n: result[n.replace("past_key_values", "present")] for n in past}
-        seen += tokens
-        found.append(int(result["logits"][0, -1].argmax()))
-        ids = np.array([[found[-1]]])
-    return found, spent
 
 
 if __name__ == "__main__":

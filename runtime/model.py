@@ -237,13 +237,7 @@ class SparseModel(nn.Module):
         Args:
             int8: read int8 copies of the weights, where a kernel can: fewer bytes, another result.
         """
-        try:  # by name: the runtime stands without it
-            codegen = importlib.import_module("sparsify.codegen.lower")
-        except ModuleNotFoundError as error:
-            raise BadInput(
-                "this installation has no code generator", help="pip install sparsify-fx"
-            ) from error
-        return codegen.lower(self, int8=int8)
+        return _codegen("lower").lower(self, int8=int8)
 
     def export(self, path: str | os.PathLike[str], **options: Any) -> Any:
         """Write the model at its present budget as ONNX.
@@ -262,13 +256,7 @@ class SparseModel(nn.Module):
         Raises:
             NotExported, ParityFailed, OutputError, BadInput, MissingDependency.
         """
-        try:  # by name: the runtime stands without it
-            codegen = importlib.import_module("sparsify.codegen.onnx.export")
-        except ModuleNotFoundError as error:
-            raise BadInput(
-                "this installation has no code generator", help="pip install sparsify-fx"
-            ) from error
-        return codegen.export(self, path, **options)
+        return _codegen("onnx.export").export(self, path, **options)
 
     def tidied(self, tokens: int | None = None) -> dict[str, int]:
         """What inference on a CPU leaves out of the graph, and how often; results stay the same.
@@ -366,6 +354,16 @@ class SparseModel(nn.Module):
     def write_extras(self, folder: str) -> dict[str, Any]:
         """Hook for shells: further files for ``folder``; returns entries of the manifest."""
         return {}
+
+
+def _codegen(name: str) -> Any:
+    """A module of the code generator, by name: the runtime stands without it."""
+    try:
+        return importlib.import_module(f"sparsify.codegen.{name}")
+    except ModuleNotFoundError as error:
+        raise BadInput(
+            "this installation has no code generator", help="pip install sparsify-fx"
+        ) from error
 
 
 def _routed(module: nn.Module) -> Iterator[nn.Module]:

@@ -138,7 +138,7 @@ class FfnKernel(Lowered):
             return None if everything else self._dense(module, x, x.reshape(T, -1))
         if (
             way == "few" and self.dtype is torch.float32 and x.is_contiguous()
-            and (everything or (self._fuses and undisturbed(router)))
+            and self._selects(router)
         ):  # fmt: skip
             return self._at_once(module, x, T, base)
         inside = module._modules.get("inside")
@@ -153,10 +153,9 @@ class FfnKernel(Lowered):
         (module,) = modules
         changes, router = Changes.count, module.router
         base = self._settled(module, router)
-        everything = self._everything
-        if base is None or not (everything or (self._fuses and undisturbed(router))):
+        if base is None or not self._selects(router):
             return None
-        active = 1.0 if everything else router.active
+        active = 1.0 if self._everything else router.active
         few = [T for T in range(1, FEW + 1) if self.choose(T, active) == "few"]
         D = base.D
 
@@ -170,6 +169,10 @@ class FfnKernel(Lowered):
             return self._at_once(module, x, T, base)
 
         return Binding(call, self._copied) if few else None
+
+    def _selects(self, router: Router) -> bool:
+        """Whether C can select too, or nothing has to be selected."""
+        return self._everything or (self._fuses and undisturbed(router))
 
     @staticmethod
     def _dense(module: RoutedFFN, x: Tensor, rows: Tensor) -> Tensor:

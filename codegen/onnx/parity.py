@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +60,31 @@ def session(path: Path, *, threads: int = 1) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def greedy(running: Any, ids: Any, count: int) -> tuple[list[int], list[float]]:
+    """``count`` tokens after ids (1, T), and the seconds of every call, the prefill's first; with
+    the file's own cache."""
+    caches = [v for v in running.get_inputs() if v.name.startswith("past_key_values")]
+    past = {v.name: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32) for v in caches}
+    outputs = [v.name for v in running.get_outputs()]
+    seen, found, spent = 0, list[int](), list[float]()
+    while len(found) < count:
+        tokens = ids.shape[1]
+        feed = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, seen + tokens), np.int64),
+            "position_ids": np.arange(seen, seen + tokens)[None],
+            **past,
+        }
+        start = time.perf_counter()
+        result = dict(zip(outputs, running.run(None, feed), strict=True))
+        spent.append(time.perf_counter() - start)
+        past = {n: result[n.replace("past_key_values", "present")] for n in past}
+        seen += tokens
+        found.append(int(result["logits"][0, -1].argmax()))
+        ids = np.array([[found[-1]]])
+    return found, spent
 
 
 def compare(model: SparseModel, path: Path) -> tuple[Case, ...]:

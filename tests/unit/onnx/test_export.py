@@ -100,29 +100,7 @@ def test_generation_equals_eagers(file: tuple[Path, Any]) -> None:
     model, running = llama(), parity.session(file[0])
     prompt = torch.tensor([[5, 17, 99, 3]])
     expected = model.generate(prompt, max_new_tokens=16, do_sample=False)[0, 4:].tolist()
-    assert greedy(running, prompt.numpy(), 16) == expected
-
-
-def greedy(running: Any, ids: Any, count: int) -> list[int]:
-    """Token by token, with the file's own cache."""
-    caches = [v for v in running.get_inputs() if v.name.startswith("past_key_values")]
-    past = {v.name: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32) for v in caches}
-    outputs = [v.name for v in running.get_outputs()]
-    seen, found = 0, []
-    while len(found) < count:
-        tokens = ids.shape[1]
-        feed = {
-            "input_ids": ids,
-            "attention_mask": np.ones((1, seen + tokens), np.int64),
-            "position_ids": np.arange(seen, seen + tokens)[None],
-            **past,
-        }
-        result = dict(zip(outputs, running.run(None, feed), strict=True))
-        past = {n: result[n.replace("past_key_values", "present")] for n in past}
-        seen += tokens
-        found.append(int(result["logits"][0, -1].argmax()))
-        ids = np.array([[found[-1]]])
-    return found
+    assert parity.greedy(running, prompt.numpy(), 16)[0] == expected
 
 
 ALONE = """
