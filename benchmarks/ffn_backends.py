@@ -26,6 +26,9 @@ from sparsify.runtime.router import Router
 
 Call = Callable[[Tensor], Any]
 linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
+# All copies of ONNX Runtime's sessions share one pool of threads. A process that did so once can
+# open no session with threads of its own any more: tests turn it off.
+ONE_POOL = True
 SILU = Program(
     ("up", "gate"),
     (
@@ -306,7 +309,7 @@ def _session(nodes: Sequence[Any], weights: dict[str, Tensor], width: int) -> Ca
     content = helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString()
     del graph, tensors
     options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False  # one pool for all copies, see use_threads
+    options.use_per_session_threads = not ONE_POOL
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def call(x: Tensor) -> Any:
@@ -319,9 +322,10 @@ def _session(nodes: Sequence[Any], weights: dict[str, Tensor], width: int) -> Ca
 def use_threads(count: int) -> None:
     """As many threads for torch and for all of ONNX Runtime's sessions; once a process."""
     torch.set_num_threads(count)
-    import onnxruntime
+    if ONE_POOL:
+        import onnxruntime
 
-    onnxruntime.set_global_thread_pool_sizes(count, 1)
+        onnxruntime.set_global_thread_pool_sizes(count, 1)
 
 
 # ---------------------------------------------------------------------------- ours

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import gc
+import importlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ for _pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_pool, "1")
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+BENCHMARKS = GOLDEN.parent / "benchmarks"
 _SHOWN = 80  # lines of a diff
 
 
@@ -75,6 +78,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def accept(request: pytest.FixtureRequest) -> bool:
     """Whether this run writes golden texts."""
     return bool(request.config.getoption("--accept"))
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """``bench(name)``: a script of benchmarks/ as a module, forgotten after the test."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "quality"))
+    yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if BENCHMARKS in Path(getattr(module, "__file__", None) or "").parents:
+            del sys.modules[name]
 
 
 @pytest.fixture

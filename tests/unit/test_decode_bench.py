@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,9 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def decode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def decode(bench: Callable[[str], Any]) -> Any:
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    yield importlib.import_module("decode")
-    sys.modules.pop("decode", None)
+    return bench("decode")
 
 
 def test_pipelines_beside_the_dense_models(

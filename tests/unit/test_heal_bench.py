@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,9 @@ import pytest
 pytest.importorskip("transformers")
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    yield importlib.import_module("heal")
-    sys.modules.pop("heal", None)
-
-
-def test_heal(script: Any, tmp_path: Path) -> None:
+def test_heal(bench: Callable[[str], Any], tmp_path: Path) -> None:
     out = tmp_path / "h.json"
-    script.main(
+    bench("heal").main(
         ["--quick", "--pipeline", "hidden-route{at=*.mlp.* active=0.5}", "--fitted", "mixed",
          "--train", "routed", "--half", "--steps", "4", "--every", "4", "--rate", "20",
          "--kinds", "docstrings,code", "--tokens", "1024", "--output", str(out)]

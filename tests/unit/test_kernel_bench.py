@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,12 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("kernels")
-    for name in ("gpu", "kernels", "ffn_backends"):
-        sys.modules.pop(name, None)
+def kernels(bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module; other tests of this process open ONNX Runtime sessions too."""
+    monkeypatch.setattr(bench("ffn_backends"), "ONE_POOL", False)
+    return bench("kernels")
 
 
 def test_all_backends_on_a_small_layer(
@@ -110,21 +104,23 @@ def test_another_function_is_refused(kernels: Any) -> None:
 
 
 def test_gpu_script_refuses_without_a_gpu(
-    kernels: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    gpu = importlib.import_module("gpu")
+    gpu = bench("gpu")
     assert gpu.main([]) == 2
     assert capsys.readouterr().err == (
         "error: this benchmark needs a CUDA device, and torch sees none\n"
     )
 
 
-def test_gpu_script_measures(kernels: Any) -> None:
+def test_gpu_script_measures(bench: Callable[[str], Any], kernels: Any) -> None:
     """Its way through, on CPU: all backends agree, every token count has its point."""
-    gpu = importlib.import_module("gpu")
+    gpu = bench("gpu")
     found = list(gpu.measure(
         32, 64, "cpu", "float32", 1, 1 << 14, experts=(4,), budgets=(0.5,), tokens=(1, 5),
     ))  # fmt: skip

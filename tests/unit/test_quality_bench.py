@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers")
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
-SCRIPTS = ("common", "text", "choices", "embeddings", "bits", "recipes", "pruning")
 SMALL = ["--quick", "--active", "1,0.5"]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Scripts as modules."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for name in SCRIPTS:
-        sys.modules.pop(name, None)
 
 
 def tables(file: Path) -> list[dict[str, Any]]:
@@ -31,9 +18,9 @@ def tables(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_text(script: Callable[[str], Any], tmp_path: Path) -> None:
+def test_text(bench: Callable[[str], Any], tmp_path: Path) -> None:
     out = tmp_path / "t.json"
-    script("text").main(
+    bench("text").main(
         [*SMALL, "--tokens", "1024", "--fitted", "docstrings", "--kinds", "code,reference",
          "--pipeline", "hidden-route", "--output", str(out)]
     )  # fmt: skip
@@ -54,8 +41,8 @@ def test_text(script: Callable[[str], Any], tmp_path: Path) -> None:
     assert routed["flops"] == pytest.approx(0.5, abs=0.03)
 
 
-def test_choices(script: Callable[[str], Any], tmp_path: Path) -> None:
-    choices = script("choices")
+def test_choices(bench: Callable[[str], Any], tmp_path: Path) -> None:
+    choices = bench("choices")
     made = list(choices.questions("docstrings", 20, 0))
     assert made == list(choices.questions("docstrings", 20, 0))
     assert len(made) == 20
@@ -68,9 +55,9 @@ def test_choices(script: Callable[[str], Any], tmp_path: Path) -> None:
     assert (found["questions"], found["chance"]) == (6, 0.25)
 
 
-def test_embeddings(script: Callable[[str], Any], tmp_path: Path) -> None:
+def test_embeddings(bench: Callable[[str], Any], tmp_path: Path) -> None:
     out = tmp_path / "e.json"
-    script("embeddings").main(
+    bench("embeddings").main(
         [*SMALL, "--tokens", "600", "--pipelines", "ffn-moe", "--kinds", "docstrings", "--top",
          "2", "--output", str(out)]
     )  # fmt: skip
@@ -78,9 +65,9 @@ def test_embeddings(script: Callable[[str], Any], tmp_path: Path) -> None:
     assert found["rows"][1]["cosine"] == pytest.approx(1.0, abs=1e-5)
 
 
-def test_bits(script: Callable[[str], Any], tmp_path: Path) -> None:
+def test_bits(bench: Callable[[str], Any], tmp_path: Path) -> None:
     out = tmp_path / "b.json"
-    script("bits").main(
+    bench("bits").main(
         ["--quick", "--tokens", "512", "--fitting", "512", "--bits", "8,2.5", "--output", str(out)]
     )
     (found,) = tables(out)
@@ -92,9 +79,9 @@ def test_bits(script: Callable[[str], Any], tmp_path: Path) -> None:
     assert rows["8 allotted", 0.5]["kl"] > rows["8 allotted", 1.0]["kl"]
 
 
-def test_recipes(script: Callable[[str], Any], tmp_path: Path) -> None:
+def test_recipes(bench: Callable[[str], Any], tmp_path: Path) -> None:
     out = tmp_path / "r.json"
-    script("recipes").main(
+    bench("recipes").main(
         [*SMALL, "--tokens", "512", "--fitted", "reference", "--kinds", "code", "--layers", "1",
          "--pipelines", "hidden-route", "--output", str(out)]
     )  # fmt: skip
@@ -105,9 +92,9 @@ def test_recipes(script: Callable[[str], Any], tmp_path: Path) -> None:
         assert 0 < table["dead inputs at the mean of dead ones"] < 1
 
 
-def test_pruning(script: Callable[[str], Any], tmp_path: Path) -> None:
+def test_pruning(bench: Callable[[str], Any], tmp_path: Path) -> None:
     out = tmp_path / "p.json"
-    script("pruning").main(
+    bench("pruning").main(
         ["--quick", "--active", "0.75", "--tokens", "256", "--fitting", "256",
          "--output", str(out)]
     )  # fmt: skip

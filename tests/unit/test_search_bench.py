@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sparsify.models import load_model
 
 pytest.importorskip("transformers")
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_every_setting_is_measured_on_held_out_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bench: Callable[[str], Any]
 ) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.syspath_prepend(str(FOLDER / "quality"))
-    try:
-        letters = importlib.import_module("common").Letters()
-        script = importlib.import_module("search")
-        out = tmp_path / "search.json"
-        script.main(
-            ["--target", "flops=0.9", "--calibration", "docstrings", "--tokens", "1024",
-             "--searched", "256", "--points", "0", "--output", str(out)],
-            load_model("zoo:llama", tokenizer=letters),
-        )  # fmt: skip
-    finally:
-        for name in ("search", "common"):
-            sys.modules.pop(name, None)
+    out = tmp_path / "search.json"
+    bench("search").main(
+        ["--target", "flops=0.9", "--calibration", "docstrings", "--tokens", "1024",
+         "--searched", "256", "--points", "0", "--output", str(out)],
+        load_model("zoo:llama", tokenizer=bench("common").Letters()),
+    )  # fmt: skip
     found = json.loads(out.read_text())
     tried = [candidate["name"] for candidate in found["search"]["tried"]]
     for text in ("docstrings", "licences"):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,21 +12,15 @@ from sparsify import registry
 from tests.contract.zoo_captures import MODELS, captured
 
 pytest.importorskip("onnxruntime")
-ROOT = Path(__file__).parents[3]
 
 
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "onnx_matrix", ROOT / "benchmarks" / "onnx_matrix.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def matrix(bench: Callable[[str], Any]) -> Any:
+    """The script as a module."""
+    return bench("onnx_matrix")
 
 
-def test_the_page_is_what_was_measured() -> None:
-    matrix = script()
+def test_the_page_is_what_was_measured(matrix: Any) -> None:
     cells = json.loads(matrix.RESULTS.read_text())
     assert matrix.TABLE.read_text() == matrix.table(cells)
     for key, cell in cells.items():
@@ -48,6 +41,6 @@ def test_the_page_is_what_was_measured() -> None:
         pytest.param("t5", "attn-moh", marks=pytest.mark.slow),
     ],
 )
-def test_a_sample_of_it_holds(name: str, work: str) -> None:
-    cell = script().cell(captured(name), work)
+def test_a_sample_of_it_holds(matrix: Any, name: str, work: str) -> None:
+    cell = matrix.cell(captured(name), work)
     assert cell["error"] <= 1e-4
