@@ -49,7 +49,7 @@ def search(
     ] = "0.5,0.25",
     rounds: Annotated[
         int, typer.Option(metavar="N", help="Rounds of measuring again around the solution.")
-    ] = 1,
+    ] = 0,
     points: Annotated[int, typer.Option(metavar="N", help="Points of the Pareto front.")] = 6,
     output: Annotated[
         Path | None,
