@@ -70,12 +70,14 @@ def gathered(model: Any) -> int:
         if _is(node, "Leave"):
             _Units(graph, node, f"units_{found}").write()
             found += 1
-    for node in reversed(list(graph)):
-        if node.domain == DOMAIN:
-            packed = node.inputs[0]
-            graph.remove(node, safe=True)
-            if packed.is_initializer() and not packed.uses():
-                del graph.initializers[packed.name]
+    for node in reversed(list(graph)) if found else ():  # the one unit that was traced
+        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+            continue
+        read = [value for value in node.inputs if value is not None]
+        graph.remove(node, safe=True)
+        for value in read:
+            if value.is_initializer() and not value.uses():
+                graph.initializers.pop(value.name, None)
     model.opset_imports.pop(DOMAIN, None)
     return found
 
@@ -113,7 +115,6 @@ class _Units:
         total.type, total.shape = was.type, was.shape
         was.replace_all_uses_with(total, replace_graph_outputs=True)
         self.graph.remove(self.place, safe=True)
-        self.graph.remove(self.body, safe=True)
 
     def one(self, unit: int, total: Any) -> Any:
         """``total`` with one unit's rows added.

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from sparsify.codegen import plan
+from sparsify.codegen.elementwise import canonical
 from sparsify.codegen.onnx import timing
 from sparsify.codegen.onnx.form_ffn import ways
 from sparsify.codegen.onnx.trace import HOW
+from sparsify.codegen.plan import working
 from sparsify.core import Remark
 from sparsify.runtime import dial
 from sparsify.runtime.ffn import RoutedFFN
@@ -110,15 +111,21 @@ def choices(
 ) -> tuple[Choice, ...]:
     """One per routed layer that is not dense already, in model order."""
     groups: dict[object, list[tuple[str, RoutedFFN]]] = {}
-    for number, group in enumerate(plan.grouped(model.graph)):
-        for path, module in group:
-            if isinstance(module, RoutedFFN) and ways(module, "mask") != "dense":
-                router = module.router
-                key = number, type(router), str(router.selector), router.shared, router.routed
-                groups.setdefault(key, []).append((path, module))
+    for path, module in working(model.graph):
+        if isinstance(module, RoutedFFN) and ways(module, "mask") != "dense":
+            groups.setdefault(_kind(module), []).append((path, module))
     found = [c for group in groups.values() for c in _group(group, offered, tokens, threads)]
     order = [path for path, _ in model.graph.named_modules()]
     return tuple(sorted(found, key=lambda choice: order.index(choice.module)))
+
+
+def _kind(ffn: RoutedFFN) -> object:
+    """What layers whose times are the same have in common."""
+    router, inside = ffn.router, ffn.inside
+    shapes = tuple((name, p.shape, p.dtype) for name, p in ffn.named_parameters(recurse=False))
+    rules = [type(router), str(router.selector), router.shared, router.routed]
+    rules += [] if inside is None else [type(inside), str(inside.selector)]
+    return type(ffn), shapes, repr(canonical(ffn.activation)), tuple(rules)
 
 
 def _group(

@@ -141,8 +141,8 @@ class FfnForm(RoutedFFN):
         """select (..., N) weights, 0 = dead; scores (..., R) where stand-ins need them."""
         live = select != 0
         if self.way in ("branch", "moe"):
-            every = select.expand(*x.shape[:-1], self.experts).reshape(-1, self.experts)
-            y = self._skipping(x.reshape(-1, self.width), every)
+            each = select.reshape(-1, self.experts)
+            y = self._skipping(x.reshape(-1, self.width), each)
             return self._finished(y.view(x.shape), select, live, scores).to(x.dtype)
         hidden, thin = self.neurons(x), self._thin
         if thin is not None:
@@ -169,23 +169,26 @@ class FfnForm(RoutedFFN):
 
     def _skipping(self, x: Tensor, select: Tensor) -> Tensor:
         """x (T, D), select (T, N) -> the sum of live experts, with the bias."""
-        y = torch.zeros_like(x) if self.down_bias is None else self.down_bias.expand_as(x)
+        y = None if self.down_bias is None else self.down_bias.expand_as(x)
         if self.shared_at is not None:
             hidden = self._hidden_of(x, *(getattr(self, f"shared_{n}") for n in PARTS[:-1]))
             if not self.router.unit_weights:
                 hidden = hidden * spread(select.index_select(1, self.shared_at), self.hidden)
-            y = y + hidden @ self.shared_down
+            always = hidden @ self.shared_down
+            y = always if y is None else y + always
             select = select.index_select(1, self.alone_at)
         if self.way == "moe":
-            return y + moe.experts(
+            found = moe.experts(
                 x, select, self.first_layer, self.first_bias, self.second_layer,
-                self.kernel_activation,
+                self.kernel_activation, weigh=not self.router.unit_weights,
             )  # fmt: skip
+            return found if y is None else y + found
 
         def expert(x: Tensor, *parts: Tensor) -> Tensor:
             return self._hidden_of(x, *parts[:-1]) @ parts[-1]
 
         packed = [getattr(self, f"experts_{name}") for name in PARTS]
+        y = torch.zeros_like(x) if y is None else y
         return summed(y, x, select, packed, expert, weigh=not self.router.unit_weights)
 
     def _hidden_of(
@@ -281,7 +284,10 @@ class ConditionedForm(FfnForm, ConditionedFFN):
         if self.router.all_live:
             return self._every(x)
         select = self.router(condition.reshape(x.shape[0], -1))
-        return self.routed(x, select.view(x.shape[0], *[1] * (x.dim() - 2), -1), None)
+        select = select.view(x.shape[0], *[1] * (x.dim() - 2), -1)
+        if self.way != "mask":
+            select = select.expand(*x.shape[:-1], -1)
+        return self.routed(x, select, None)
 
 
 @form(SupernetFFN)

@@ -57,7 +57,14 @@ def first_layer(up: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def experts(
-    x: Tensor, weights: Tensor, first: Tensor, bias: Tensor | None, down: Tensor, activation: str
+    x: Tensor,
+    weights: Tensor,
+    first: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    activation: str,
+    *,
+    weigh: bool,
 ) -> Tensor:
     """The weighted sum of live experts.
 
@@ -66,14 +73,17 @@ def experts(
         first, bias: (N, m or 2 m, D) and (N, m or 2 m) of :func:`first_layer`.
         down: (N, D, m).
         activation: of :func:`activation_of`.
+        weigh: False where the weights of live experts are one.
 
     Returns:
         (T, D), zero where no expert is live.
     """
     if not torch.compiler.is_exporting():
         return _eager(x, weights, first, bias, down, activation)
-    live = weights > 0
-    logits = weights.log().masked_fill(~live, DEAD)
+    if weigh:
+        logits = torch.where(weights > 0, weights.log(), DEAD)
+    else:
+        logits = (1 - weights) * DEAD
     inputs = (x, logits, first, bias, down)
     gated = {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
     shares: Tensor = torch.onnx.ops.symbolic(
@@ -90,7 +100,8 @@ def experts(
         version=1,
     )
     # where nothing is live all logits are one, so all experts are computed: rare, and not wanted
-    return (shares * weights.sum(-1, keepdim=True)).masked_fill(~live.any(-1, keepdim=True), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    return torch.where(total > 0, shares * total, 0.0)
 
 
 def _eager(

@@ -55,13 +55,13 @@ def sessions(ffn: RoutedFFN, ways: Sequence[str], folder: Path, threads: int) ->
 
 
 def times(
-    running: dict[str, Any], ffn: RoutedFFN, live: int, tokens: int, runs: int = RUNS
+    running: dict[str, Any], ffn: RoutedFFN, live: int, tokens: int, runs: int | None = None
 ) -> dict[str, float]:
     """Median milliseconds of a call, the sessions in turn."""
     generator = torch.Generator().manual_seed(0)
     flush = np.zeros(BUFFER // 8)
     spent: dict[str, list[float]] = {way: [] for way in running}
-    for _ in range(WARM + runs):
+    for _ in range(WARM + (runs or RUNS)):
         x = torch.randn(1, tokens, ffn.width, generator=generator)
         flat = (x, selection(ffn, live, tokens, generator))
         for way, session in running.items():
