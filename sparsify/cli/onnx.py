@@ -65,6 +65,7 @@ def export(
     Runtime. Language models get key/value cache inputs and outputs, named as Optimum names them.
     """
     checks.fraction("--active", active)
+    checks.at_least("--tokens", tokens, 1)
     targets.check(target, targets.routing(target, routing), opset)
     checks.saved(saved)
     checks.output_file("FILE", output, force=force)
