@@ -29,7 +29,7 @@ from sparsify.runtime.calling import ModuleCall, Slot
 from sparsify.runtime.conditioned import ConditionedFFN
 from sparsify.runtime.ffn import RoutedFFN
 
-NAMES, OPSET = ("x", "given"), 20
+NAMES, OPSET = ("x", "given"), 20  # no operator of a layer changes with the opset
 RUNS, WARM = 11, 2  # of every form
 BUFFER = 64 << 20  # bytes; the caches of the machines here hold 32 MiB
 

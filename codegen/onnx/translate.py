@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparsify.codegen.onnx import branches, names, targets
+from sparsify.codegen.onnx import branches, kv_heads, names, targets
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.trace import first_line, silenced
 from sparsify.errors import NotExported
@@ -49,6 +49,7 @@ def translated(
             help=f"opset={model.opset_imports['']}",
         )
     branches.gathered(model)
+    kv_heads.unrepeated(model)
     _name_sizes(model, call)
     _tie(model)
     _clear(model)

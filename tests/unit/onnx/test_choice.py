@@ -149,7 +149,7 @@ def test_equal_reasons_are_one_line() -> None:
 def test_what_is_not_on_offer() -> None:
     with pytest.raises(BadInput, match="has no routing 'moe'"):
         targets.check("portable", "moe", None)
-    assert targets.check("ort", "moe", None) == targets.OPSET
+    assert targets.check("ort", "moe", None) == targets.OPSET_ORT == 23
     assert (targets.routing("ort", None), targets.routing("portable", None)) == ("auto", "mask")
     assert targets.routing("ort", "branch") == "branch"
     with pytest.raises(BadInput, match="0 tokens"):
