@@ -2,11 +2,11 @@
 
 ``python benchmarks/onnx_ffn.py [--shapes 2048x8192,576x1536] [--experts 8,64] [--tokens 1,8]``
 writes one gated layer (silu, a quarter of the experts shared, threshold router) in each of its
-forms and times the sessions in turn, a buffer larger than the cache read between two runs. Half of
-the experts are live for every token, drawn at random. The ideal is dense times the share of expert
-weights that the tokens use (up to 8 tokens: reading them bounds), or of operations; the router, the
-selection and what ``--compensate`` adds count against the routed forms. Prints a table and writes
-benchmarks/results/onnx-ffn.json.
+forms and times them in turn, weights out of the cache (:mod:`sparsify.codegen.onnx.timing`). Half
+of the experts are live for every token, drawn at random. The ideal is dense times the share of
+expert weights that the tokens use (up to 8 tokens: reading them bounds), or of operations; the
+router, the selection and what ``--compensate`` adds count against the routed forms. Prints a table
+and writes benchmarks/results/onnx-ffn.json.
 """
 
 from __future__ import annotations
