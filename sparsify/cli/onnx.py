@@ -32,7 +32,8 @@ def export(
         typer.Option(metavar="A", help="Active budget in the file, 0 < A <= 1; as OUT if absent."),
     ] = None,
     opset: Annotated[
-        int | None, typer.Option(metavar="N", help="Opset to write, 18 to 24; absent: 20, for ort 23.")
+        int | None,
+        typer.Option(metavar="N", help="Opset to write, 18 to 24; 20 if absent, 23 for ort."),
     ] = None,
     routing: Annotated[
         str | None,
