@@ -1,9 +1,10 @@
 """SmolLM2 as ONNX: file sizes, parity, and 64 greedy tokens of ONNX Runtime beside eager's.
 
 ``python benchmarks/onnx_smollm2.py [SAVED] [--active 0.5] [--target ort] [--routing auto]`` takes a
-folder that ``sparsify compile smollm2 -p ffn-moe --calibration mixed -o SAVED`` wrote (without one it compiles,
-with routers made from the weights), exports it at the budget and at its dense limit, and writes
-benchmarks/results/onnx-smollm2.json. Milliseconds are of one decoded token, the two files in turn.
+folder that ``sparsify compile smollm2 -p ffn-moe --calibration mixed -o SAVED`` wrote (without one
+it compiles, with routers made from the weights), exports it at the budget and at its dense limit,
+and writes benchmarks/results/onnx-smollm2.json. Milliseconds are of one decoded token, the two
+files in turn.
 """
 
 from __future__ import annotations

@@ -2,16 +2,17 @@
 
 Its CPU kernel takes router logits, keeps the ``k`` experts of the largest softmax, and multiplies
 an expert's output by its share. It computes an expert on the tokens whose share of it is above
-zero, and reads the weights of no other (measured: with ``k`` = all experts, 2048/8192 in 64, one
-token, one thread, 7.4 ms with half of them at a logit of -1e9, 13.9 ms with none). So any
-selection, by count or by threshold, is the logits ``log(weight)`` where live and -1e9 where dead,
-``k`` = all; shares are the weights over their sum, which the result is multiplied by.
+zero, and reads the weights of no other, even with ``k`` = all (2048/8192 in 64 experts, one token,
+one thread: 16.1, 8.0 and 2.0 ms with 64, 32 and 8 of them at a logit of 0, the others at -1e9). So
+any selection, by count or by threshold, is the logits ``log(weight)`` where live and -1e9 where
+dead, ``k`` = all; shares are the weights over their sum, which the result is multiplied by.
 
 The kernel has one gated activation, ``silu(gate) * up`` with the two interleaved, and four plain
 ones; which of them a layer has is found by trying (:func:`activation_of`). Its products read
-weights as they lie, one row of floats per output: no gain above some 8 tokens, and at one token it
-is slower than :mod:`sparsify.codegen.onnx.branches` for few experts (6.1 to 5.4 ms, 2048/8192 in 8)
-and faster for many small ones (0.65 to 1.35 ms, dense 0.76: 576/1536 in 64).
+weights as they lie (the dense layer's are packed when the file is loaded), so it is slower than
+dense at 8 tokens, and than :mod:`sparsify.codegen.onnx.branches` wherever experts are few and
+large; for many small experts and one token it is the fastest (README, section ONNX). Two threads
+share out the experts, live or not: more experts, evener work.
 """
 
 from __future__ import annotations
