@@ -4,8 +4,8 @@ Its CPU kernel takes router logits, keeps the ``k`` experts of the largest softm
 an expert's output by its share. It computes an expert on the tokens whose share of it is above
 zero, and reads the weights of no other, even with ``k`` = all (2048/8192 in 64 experts, one token,
 one thread: 16.1, 8.0 and 2.0 ms with 64, 32 and 8 of them at a logit of 0, the others at -1e9). So
-any selection, by count or by threshold, is the logits ``log(weight)`` where live and -1e9 where
-dead, ``k`` = all; shares are the weights over their sum, which the result is multiplied by.
+any selection, by count or by threshold, is the logits ``log(weight)`` where live and far below
+where dead, ``k`` = all; shares are the weights over their sum, which the result is multiplied by.
 
 The kernel has one gated activation, ``silu(gate) * up`` with the two interleaved, and four plain
 ones; which of them a layer has is found by trying (:func:`activation_of`). Its products read
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sparsify.runtime.program import Program
 
 DOMAIN = "com.microsoft"
-DEAD = -1e9  # a logit whose exponential is exactly zero
+DEAD = -1e9  # below any other logit by this: a share of exactly zero
 GATED = "swiglu"
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -81,11 +81,7 @@ def experts(
     """
     if not torch.compiler.is_exporting():
         return _eager(x, weights, first, bias, down, activation)
-    if weigh:
-        logits = torch.where(weights > 0, weights.log(), DEAD)
-    else:
-        logits = (1 - weights) * DEAD
-    inputs = (x, logits, first, bias, down)
+    inputs = (x, logits_of(weights, weigh=weigh), first, bias, down)
     gated = {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
     shares: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::MoE",
@@ -100,9 +96,20 @@ def experts(
         shape=x.shape,
         version=1,
     )
-    # where nothing is live all logits are one, so all experts are computed: rare, and not wanted
     total = weights.sum(-1, keepdim=True)
     return torch.where(total > 0, shares * total, 0.0)
+
+
+def logits_of(weights: Tensor, *, weigh: bool) -> Tensor:
+    """weights (T, N) -> logits (T, N) whose softmax is the weights over their sum.
+
+    No two dead experts have the same logit: where none is live, the first alone is computed, and
+    its share counts for nothing. (With one logit for all, a token without experts costs all.)
+    """
+    dead = DEAD * torch.arange(1, weights.shape[1] + 1, dtype=weights.dtype)
+    if weigh:
+        return torch.where(weights > 0, weights.log(), dead)
+    return (1 - weights) * dead
 
 
 def _eager(

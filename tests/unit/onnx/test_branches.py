@@ -54,6 +54,18 @@ def test_weights_are_there_once(exported: tuple[Any, Path]) -> None:
     assert stored < 1.02 * sum(p.numel() for p in model.parameters()) + 2000
 
 
+def test_onnxs_own_evaluator_agrees(exported: tuple[Any, Path]) -> None:
+    """Empty rows are of the standard: its reference implementation takes them."""
+    reference = pytest.importorskip("onnx.reference")
+    model, place = exported
+    flat = [t[:1, :1] for t in model.example]
+    (name,) = parity.input_names(model.call_spec)
+    (found,) = reference.ReferenceEvaluator(str(place)).run(None, {name: flat[0].numpy()})[:1]
+    with torch.no_grad():
+        expected = model.graph(*flat)[0].numpy()
+    assert abs(found - expected).max() <= 1e-4 * abs(expected).max()
+
+
 def test_dead_experts_are_not_read(exported: tuple[Any, Path], tmp_path: Path) -> None:
     """With NaN for weights, an expert that no token uses changes nothing."""
     model, place = exported

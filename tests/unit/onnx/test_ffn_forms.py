@@ -132,11 +132,25 @@ def test_activations_are_known_by_what_they_compute() -> None:
     assert moe.activation_of(Program(("a", "b"), other, "h")) is None
 
 
+def test_shares_are_weights_and_nothing_else_is_computed() -> None:
+    """The kernel computes what has a share above zero."""
+    weights = torch.tensor([[0.0, 0.25, 3.0, 1e-6], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    shares = moe.logits_of(weights, weigh=True).softmax(-1)
+    live = weights.any(-1)
+    assert torch.allclose(shares[live] * weights[live].sum(-1, keepdim=True), weights[live])
+    assert torch.equal(shares[live] > 0, weights[live] > 0)
+    assert (shares[1] > 0).sum() == 1
+    many = (torch.rand(50, 64) < 0.1).float()
+    many[:, 5], many[0] = 1, 0
+    shares = moe.logits_of(many, weigh=False).softmax(-1)
+    assert torch.equal(shares[1:] > 0, many[1:] > 0) and (shares[0] > 0).sum() == 1
+
+
 # ---------------------------------------------------------------------------- in ONNX Runtime
 
 WRITTEN = (
     "stand-ins", "weights of shared experts", "any number live, none too",
-    "units in another order", "modulated", "nearly nothing live",
+    "units in another order", "modulated", "nearly nothing live", "relu",
 )  # fmt: skip
 
 
