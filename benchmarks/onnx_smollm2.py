@@ -1,9 +1,10 @@
 """SmolLM2 as ONNX: file sizes, parity, and 64 greedy tokens of ONNX Runtime beside eager's.
 
-``python benchmarks/onnx_smollm2.py [SAVED] [--active 0.5] [--routing mask]`` takes a folder that
-``sparsify compile smollm2 -p ffn-moe --calibration mixed -o SAVED`` wrote (without one it compiles,
-with routers made from the weights), exports it at the budget and at its dense limit, and writes
-benchmarks/results/onnx-smollm2.json. Milliseconds are of one decoded token, the two files in turn.
+``python benchmarks/onnx_smollm2.py [SAVED] [--active 0.5] [--target ort] [--routing auto]`` takes a
+folder that ``sparsify compile smollm2 -p ffn-moe --calibration mixed -o SAVED`` wrote (without one
+it compiles, with routers made from the weights), exports it at the budget and at its dense limit,
+and writes benchmarks/results/onnx-smollm2.json. Milliseconds are of one decoded token, the two
+files in turn.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("saved", nargs="?")
     asked.add_argument("--active", type=float, default=0.5)
-    asked.add_argument("--routing", default="mask")
+    asked.add_argument("--target", default="portable")
+    asked.add_argument("--routing")
     given = asked.parse_args()
     import sparsify
 
@@ -43,11 +45,14 @@ def main() -> None:
 def measured(model: Any, ids: Any, folder: Path, given: Any) -> dict[str, Any]:
     """Both files of one model."""
     from sparsify.codegen.onnx.parity import greedy, session
+    from sparsify.runtime import dial
 
     model.set_active(1.0)
     dense = model.export(folder / "dense.onnx", check=False)
     model.set_active(given.active)
-    routed = model.export(folder / "routed.onnx", routing=given.routing)
+    routed = model.export(folder / "routed.onnx", target=given.target, routing=given.routing)
+    chosen = {router: routed.active[path] for path, router in dial.routers(model)}
+    dial.set_each(model, chosen)  # layers that auto wrote dense
     model.reset_counters()
     with torch.no_grad():
         eager = model.generate(ids, max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False)
@@ -61,7 +66,9 @@ def measured(model: Any, ids: Any, folder: Path, given: Any) -> dict[str, Any]:
             times[name] += spent[1:]  # the first is the prefill
     return {
         "active": given.active,
+        "target": given.target,
         "routing": given.routing,
+        "forms": routed.forms,
         "live": round(sum(live) / len(live), 3),
         "same_tokens": sum(a == b for a, b in zip(tokens["routed"], expected, strict=True)),
         "bytes_routed": routed.size,

@@ -244,11 +244,13 @@ class SparseModel(nn.Module):
 
         Args:
             path: the file, ``model.onnx``.
-            options: ``target`` (``portable``: the standard's operators only), ``opset``,
-                ``external_data`` (weights in a file beside it; by itself above 2 GiB),
-                ``routing`` (``mask``: dead units are set to zero; ``branch``: experts that no token
-                uses are not run), ``check`` (hold the file against the model, in ONNX Runtime),
-                ``force`` (replace a file), ``progress``.
+            options: ``target`` (``portable``: the standard's operators only; ``ort``: ONNX
+                Runtime's own too), ``opset``, ``external_data`` (weights in a file beside it; by
+                itself above 2 GiB), ``routing`` (``mask``: dead units are set to zero; ``branch``:
+                experts that no token uses are not run; ``moe``: ``ort``'s operator; ``auto``: the
+                fastest by measurement, calls of ``tokens`` tokens, or dense where none is faster),
+                ``check`` (hold the file against the model, in ONNX Runtime), ``force`` (replace a
+                file), ``progress``.
 
         Returns:
             What was written: files, operators and parity (:mod:`sparsify.codegen.onnx.export`).

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from sparsify.codegen.onnx import parity, targets, trace, translate, write
+from sparsify.codegen.onnx import choice, parity, targets, trace, translate, write
 from sparsify.codegen.onnx.needs import EXTRA, need
+from sparsify.core import Remark
 from sparsify.errors import BadInput, ParityFailed
 from sparsify.runtime.model import SparseModel
 
@@ -27,6 +28,7 @@ class Exported:
         target, opset: what it needs of a runtime; active: router -> the budget in the file.
         forms: what routed modules became -> how many; operators: how many of each.
         cases: the file against the model; empty where it was not asked for.
+        choices: with ``routing="auto"``, what was measured and chosen for every layer.
     """
 
     files: tuple[Path, ...]
@@ -36,6 +38,12 @@ class Exported:
     forms: dict[str, int]
     operators: dict[str, int]
     cases: tuple[parity.Case, ...]
+    choices: tuple[choice.Choice, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """What was chosen for every layer, as a report holds it."""
+        return tuple(made.remark for made in self.choices)
 
     @property
     def size(self) -> int:
@@ -52,6 +60,7 @@ class Exported:
             "active": self.active,
             "forms": self.forms,
             "operators": self.operators,
+            "choices": [made.to_dict() for made in self.choices],
             "parity": [{**dataclasses.asdict(c), "ok": c.ok} for c in self.cases],
         }
 
@@ -62,6 +71,7 @@ class Exported:
             + (f" with {self.files[1].name}" if len(self.files) > 1 else "")
         ]
         lines += [f"  {count} x {what}" for what, count in self.forms.items()]
+        lines += [f"  {line}" for line in choice.told(self.choices)]
         return "\n".join([*lines, *(f"  {case.text()}" for case in self.cases)])
 
 
@@ -72,20 +82,24 @@ def export(
     target: str = "portable",
     opset: int | None = None,
     external_data: bool | None = None,
-    routing: str = "mask",
+    routing: str | None = None,
+    tokens: int = 1,
     check: bool = True,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write ``model`` at its present budget as ONNX; see :meth:`SparseModel.export`."""
     place = Path(path)
+    routing = targets.routing(target, routing)
     version = targets.check(target, routing, opset)
     if model.dtype != torch.float32:
         raise BadInput(
             f"a {str(model.dtype).removeprefix('torch.')} model cannot be exported yet",
             help="model.float() first, or compile it with dtype='float32'",
         )
-    need(*(EXTRA if check else EXTRA[:3]))
+    if tokens < 1:
+        raise BadInput(f"a call of {tokens} tokens cannot be timed")
+    need(*(EXTRA if check or routing == "auto" else EXTRA[:3]))
     write.check_place(place, force=force)
     if not model.example:
         raise BadInput(
@@ -93,10 +107,30 @@ def export(
         )
     tell = _teller(progress)
     tell()
-    graph = trace.formed(model, skip=routing == "branch")
+    with choice.chosen(model, target, routing, tokens) as how:
+        return _export(
+            model, place, how, tell, target=target, version=version, routing=routing,
+            external_data=external_data, check=check, force=force,
+        )  # fmt: skip
+
+
+def _export(
+    model: SparseModel,
+    place: Path,
+    how: choice.Chosen,
+    tell: Callable[[], None],
+    *,
+    target: str,
+    version: int,
+    routing: str,
+    external_data: bool | None,
+    check: bool,
+    force: bool,
+) -> Exported:
+    graph = trace.formed(model, how.way, how.ways)
     program = trace.traced(graph, model)
     tell()
-    made = translate.translated(program, model.call_spec, version)
+    made = translate.translated(program, model.call_spec, version, target)
     made.metadata_props.update(
         {
             "sparsify.pipeline": model.pipeline,
@@ -115,7 +149,7 @@ def export(
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
     return Exported(
         write.files_of(place), target, version, model.active, trace.told(graph),
-        dict(sorted(operators.items())), cases,
+        dict(sorted(operators.items())), cases, how.choices,
     )  # fmt: skip
 
 

@@ -1,11 +1,16 @@
-"""Forms of routed feed-forward layers: all neurons of all experts, dead experts' set to zero."""
+"""Forms of routed feed-forward layers: by masks, in branches, or as an operator of ONNX Runtime's.
+
+By masks, all neurons of all experts are computed and those of dead experts set to zero. The other
+two skip what is dead; experts that every token uses are one dense layer beside them.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.codegen.onnx.branches import enter, leave
+from sparsify.codegen.onnx import moe
+from sparsify.codegen.onnx.branches import summed
 from sparsify.codegen.onnx.forms import dead_to_zero, form, spread
 from sparsify.core import Refused
 from sparsify.runtime.codes import weights_of
@@ -19,32 +24,95 @@ from sparsify.runtime.modality import ModalityFFN, ModalityLinear, ModalityModul
 from sparsify.runtime.supernet import SupernetFFN
 
 linear = nn.functional.linear
-MOST = 16  # experts with branches of their own: each costs about 10 us of ONNX Runtime a call
+PARTS = ("up", "gate", "up_bias", "gate_bias", "down")
+
+
+def ways(ffn: RoutedFFN, asked: str) -> str:
+    """How a layer is written where ``asked`` is ``mask``, ``branch`` or ``moe``: that, if it can.
+
+    ``dense`` where all is live.
+    """
+    if ffn._thin is not None:
+        return "mask"
+    if ffn.router.all_live:
+        return "dense"
+    packed = isinstance(ffn, FewBitsFFN)  # its weights are made whole, from codes
+    if asked == "moe" and (packed or _unlike(ffn)):
+        asked = "branch"
+    return "mask" if packed or ffn.router.shared == ffn.experts else asked
+
+
+def _unlike(ffn: RoutedFFN) -> bool:
+    """Whether ONNX Runtime's MoE computes something else."""
+    mix = getattr(ffn.router, "mix", None)
+    below_zero = mix is not None and not 0 <= float(mix) <= 1  # it has no weights below zero
+    return below_zero or moe.activation_of(ffn.activation) is None
 
 
 @form(RoutedFFN)
 class FfnForm(RoutedFFN):
     """x (..., D) -> (..., D).
 
-    With ``skip``, experts that no token uses are not computed, and others on their tokens only
-    (:mod:`sparsify.codegen.onnx.branches`).
+    Attributes:
+        way: ``mask``; ``branch``: experts compute the tokens that use them
+            (:mod:`sparsify.codegen.onnx.branches`); ``moe`` (:mod:`sparsify.codegen.onnx.moe`);
+            ``dense``: all are live.
     """
 
-    skip = False
+    way = "mask"
+    kernel_activation = ""
     first = 0  # expert with a stand-in
+    shared_at: Tensor | None
+    alone_at: Tensor
+    first_layer: Tensor
+    first_bias: Tensor | None
+    second_layer: Tensor
+    experts_up: Tensor
+    experts_gate: Tensor | None
+    experts_up_bias: Tensor | None
+    experts_gate_bias: Tensor | None
+    experts_down: Tensor
+    shared_down: Tensor
     stand_in: Tensor | None
     slope: Tensor | None
 
     def prepare(self) -> None:
         self._fix_budget()
-        able = type(self) is FfnForm and self._thin is None and self.experts <= MOST
-        self.skip = self.skip and able and not self.router.all_live
-        if self.skip:  # weights apart: a branch reads its own
-            for name in ("up", "gate", "down", "up_bias", "gate_bias"):
-                packed = getattr(self, name)
-                parts = () if packed is None else packed.detach().unbind(0)
-                for expert, part in enumerate(parts):
-                    self.register_parameter(f"{name}_{expert}", nn.Parameter(part, False))
+        self.way = ways(self, self.way)
+        if self.way not in ("branch", "moe"):
+            return
+        router = self.router
+        order = list(range(self.experts)) if router.order is None else router.order.tolist()
+        shared, alone = sorted(order[: router.shared]), sorted(order[router.shared :])
+        self.register_buffer("shared_at", torch.tensor(shared) if shared else None)
+        self.register_buffer("alone_at", torch.tensor(alone))
+        for name in PARTS:
+            packed = getattr(self, name)
+            both = (None, None) if packed is None else (_some(packed, shared), _some(packed, alone))
+            self._own(f"shared_{name}", None if both[0] is None else both[0].flatten(0, 1))
+            self._own(f"experts_{name}", both[1])
+        if self.way == "moe":
+            self._lay_out()
+
+    def _own(self, name: str, tensor: Tensor | None) -> None:
+        held = None if tensor is None or not tensor.numel() else nn.Parameter(tensor, False)
+        self.register_parameter(name, held)
+
+    def _lay_out(self) -> None:
+        """Weights as ONNX Runtime's kernel reads them."""
+        self.kernel_activation = moe.activation_of(self.activation) or ""
+        up_bias, gate_bias = self.experts_up_bias, self.experts_gate_bias
+        bias = None
+        if up_bias is not None or gate_bias is not None:
+            zero = self.experts_up.new_zeros(self.experts_up.shape[:2])
+            gates = zero if gate_bias is None else gate_bias
+            ups = zero if up_bias is None else up_bias
+            bias = moe.first_layer(ups, None if self.gate is None else gates)
+        self._own("first_layer", moe.first_layer(self.experts_up, self.experts_gate))
+        self._own("first_bias", bias)
+        self._own("second_layer", self.experts_down.transpose(1, 2).contiguous())
+        for name in PARTS:
+            self._own(f"experts_{name}", None)
 
     def _fix_budget(self) -> None:
         """Of the tables of stand-ins, what the present budget reads; shared experts have none."""
@@ -72,8 +140,9 @@ class FfnForm(RoutedFFN):
     def routed(self, x: Tensor, select: Tensor, scores: Tensor | None) -> Tensor:
         """select (..., N) weights, 0 = dead; scores (..., R) where stand-ins need them."""
         live = select != 0
-        if self.skip:
-            y = self._branches(x.reshape(-1, self.width), select.reshape(-1, self.experts))
+        if self.way in ("branch", "moe"):
+            each = select.reshape(-1, self.experts)
+            y = self._skipping(x.reshape(-1, self.width), each)
             return self._finished(y.view(x.shape), select, live, scores).to(x.dtype)
         hidden, thin = self.neurons(x), self._thin
         if thin is not None:
@@ -98,26 +167,43 @@ class FfnForm(RoutedFFN):
                 y = y + left.to(y.dtype) @ right.to(y.dtype)
         return y
 
-    def _branches(self, x: Tensor, select: Tensor) -> Tensor:
+    def _skipping(self, x: Tensor, select: Tensor) -> Tensor:
         """x (T, D), select (T, N) -> the sum of live experts, with the bias."""
-        y = torch.zeros_like(x) if self.down_bias is None else self.down_bias.expand_as(x)
-        live = select != 0
-        some = live.any(0)
-        for expert in range(self.experts):
-            mine, any_token = live[:, expert], some[expert]
-            rows = enter(x, mine, any_token)
-            sums = [self._sum(rows, "up", expert)]
-            if self.gate is not None:
-                sums.append(self._sum(rows, "gate", expert))
-            hidden = self.activation(*sums)
+        y = None if self.down_bias is None else self.down_bias.expand_as(x)
+        if self.shared_at is not None:
+            hidden = self._hidden_of(x, *(getattr(self, f"shared_{n}") for n in PARTS[:-1]))
             if not self.router.unit_weights:
-                hidden = hidden * enter(select[:, expert : expert + 1], mine, any_token)
-            y = leave(y, hidden @ getattr(self, f"down_{expert}"), mine, any_token)
-        return y
+                hidden = hidden * spread(select.index_select(1, self.shared_at), self.hidden)
+            always = hidden @ self.shared_down
+            y = always if y is None else y + always
+            select = select.index_select(1, self.alone_at)
+        if self.way == "moe":
+            found = moe.experts(
+                x, select, self.first_layer, self.first_bias, self.second_layer,
+                self.kernel_activation, weigh=not self.router.unit_weights,
+            )  # fmt: skip
+            return found if y is None else y + found
 
-    def _sum(self, x: Tensor, role: str, expert: int) -> Tensor:
-        bias: Tensor | None = getattr(self, f"{role}_bias_{expert}", None)
-        return linear(x, getattr(self, f"{role}_{expert}"), bias)
+        def expert(x: Tensor, *parts: Tensor) -> Tensor:
+            return self._hidden_of(x, *parts[:-1]) @ parts[-1]
+
+        packed = [getattr(self, f"experts_{name}") for name in PARTS]
+        y = torch.zeros_like(x) if y is None else y
+        return summed(y, x, select, packed, expert, weigh=not self.router.unit_weights)
+
+    def _hidden_of(
+        self,
+        x: Tensor,
+        up: Tensor,
+        gate: Tensor | None,
+        up_bias: Tensor | None,
+        gate_bias: Tensor | None,
+    ) -> Tensor:
+        """x (n, D), weights (f, D) and (f,) -> (n, f) neurons."""
+        sums = [linear(x, up, up_bias)]
+        if gate is not None:
+            sums.append(linear(x, gate, gate_bias))
+        return self.activation(*sums)
 
     def _stand_ins(self, live: Tensor, scores: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         found = []
@@ -127,6 +213,15 @@ class FfnForm(RoutedFFN):
             dead = scores.masked_fill(live[..., self.router.shared :], 0)
             found.append((dead, self.slope))
         return found
+
+
+def _some(packed: Tensor, experts: list[int]) -> Tensor:
+    """Of (N, ...) these experts': a view where they are neighbours."""
+    packed = packed.detach()
+    first = experts[0] if experts else 0
+    if experts == list(range(first, first + len(experts))):
+        return packed[first : first + len(experts)]
+    return packed[experts]
 
 
 def _thinned(thin: LiveNeurons, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +284,10 @@ class ConditionedForm(FfnForm, ConditionedFFN):
         if self.router.all_live:
             return self._every(x)
         select = self.router(condition.reshape(x.shape[0], -1))
-        return self.routed(x, select.view(x.shape[0], *[1] * (x.dim() - 2), -1), None)
+        select = select.view(x.shape[0], *[1] * (x.dim() - 2), -1)
+        if self.way != "mask":
+            select = select.expand(*x.shape[:-1], -1)
+        return self.routed(x, select, None)
 
 
 @form(SupernetFFN)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -70,18 +70,19 @@ class Silent(Counter):
         pass
 
 
-def into_forms(root: nn.Module, *, skip: bool = False) -> None:
+def into_forms(root: nn.Module, way: str = "mask", ways: Mapping[str, str] | None = None) -> None:
     """Give every routed module under ``root`` its form.
 
     Args:
-        skip: forms that can skip work with standard operators do.
+        way: ``mask``, ``branch`` or ``moe``, for forms that can be written in several ways.
+        ways: path -> way, for some.
 
     Raises:
         Unformed: with the path of the module, and why.
     """
     for path, module in routed_modules(root):
         try:
-            _into_form(module, skip)
+            _into_form(module, (ways or {}).get(path, way))
         except Refused as error:
             raise Unformed(path, module, error) from error
 
@@ -101,7 +102,7 @@ def routed_modules(root: nn.Module) -> Iterator[tuple[str, RoutedModule]]:
             yield path, module
 
 
-def _into_form(module: RoutedModule, skip: bool) -> None:
+def _into_form(module: RoutedModule, way: str) -> None:
     if any(isinstance(part, Adapter) for part in module.modules()):
         raise Refused(
             "an adapter changes its weights", suggestion="sparsify.runtime.lora.merge(model) first"
@@ -118,8 +119,8 @@ def _into_form(module: RoutedModule, skip: bool) -> None:
             module.keep = False
     if found is not None:
         module.__class__ = found
-        if hasattr(found, "skip"):
-            setattr(module, "skip", skip)  # noqa: B010  (only some forms have it)
+        if hasattr(found, "way"):
+            setattr(module, "way", way)  # noqa: B010  (only some forms have it)
         prepare = getattr(module, "prepare", None)
         if prepare is not None:
             prepare()

@@ -95,13 +95,17 @@ def compare(model: SparseModel, path: Path) -> tuple[Case, ...]:
 
 def run(running: Any, names: Sequence[str], flat: Sequence[Tensor]) -> list[Tensor]:
     """The session's outputs on flat inputs; those that the file does not read are left out."""
+    return [torch.from_numpy(found) for found in running.run(None, feed(running, names, flat))]
+
+
+def feed(running: Any, names: Sequence[str], flat: Sequence[Tensor]) -> dict[str, Any]:
+    """Inputs by name."""
     known = {value.name for value in running.get_inputs()}
-    feed = {
+    return {
         name: tensor.detach().cpu().contiguous().numpy()
         for name, tensor in zip(names, flat, strict=True)
         if name in known
     }
-    return [torch.from_numpy(found) for found in running.run(None, feed)]
 
 
 def _case(name: str, model: SparseModel, running: Any, flat: Sequence[Tensor]) -> Case:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from sparsify.runtime.calling import CausalCall
 from sparsify.runtime.graph import clone
 from sparsify.runtime.model import SparseModel
 
+HOW = {
+    "mask": "by masks", "branch": "in branches", "moe": "as com.microsoft MoE", "dense": "dense",
+}  # fmt: skip
 _NOISY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx", "onnxscript")
 
 
@@ -39,11 +42,13 @@ def traced(graph: fx.GraphModule, model: SparseModel) -> torch.export.ExportedPr
         ) from error
 
 
-def formed(model: SparseModel, *, skip: bool = False) -> fx.GraphModule:
+def formed(
+    model: SparseModel, way: str = "mask", ways: Mapping[str, str] | None = None
+) -> fx.GraphModule:
     """A clone of the model's graph, its weights shared, its routed modules in their forms.
 
     Args:
-        skip: dead experts stand in branches (:mod:`sparsify.codegen.onnx.branches`).
+        way, ways: of :func:`sparsify.codegen.onnx.forms.into_forms`.
 
     Raises:
         NotExported: a module has no form.
@@ -52,7 +57,7 @@ def formed(model: SparseModel, *, skip: bool = False) -> fx.GraphModule:
     graph = clone(model.graph, shared)
     graph.eval()
     try:
-        into_forms(graph, skip=skip)
+        into_forms(graph, way, ways)
     except Unformed as error:
         raise NotExported(
             f"the {error.kind} at {error.path} cannot be exported",
@@ -69,7 +74,7 @@ def told(graph: fx.GraphModule) -> dict[str, int]:
     found: dict[str, int] = {}
     for _, module in working(graph):
         kind = next(c for c in type(module).__mro__ if ".onnx." not in c.__module__).__name__
-        how = "in branches" if getattr(module, "skip", False) else "by masks"
+        how = HOW[getattr(module, "way", "mask")]
         found[f"{kind} {how}"] = found.get(f"{kind} {how}", 0) + 1
     return found
 

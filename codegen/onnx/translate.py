@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparsify.codegen.onnx import branches, names
+from sparsify.codegen.onnx import branches, kv_heads, names, targets
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.trace import first_line, silenced
 from sparsify.errors import NotExported
@@ -17,8 +17,10 @@ from sparsify.runtime.calling import CallSpec
 PRODUCER = "sparsify"
 
 
-def translated(program: torch.export.ExportedProgram, call: CallSpec, opset: int) -> Any:
-    """The ``onnx_ir.Model``: standard operators, named inputs, outputs and sizes.
+def translated(
+    program: torch.export.ExportedProgram, call: CallSpec, opset: int, target: str = "portable"
+) -> Any:
+    """The ``onnx_ir.Model``: the target's operators, named inputs, outputs and sizes.
 
     Raises:
         NotExported: an operator has no translation; MissingDependency: the extra is missing.
@@ -46,11 +48,12 @@ def translated(program: torch.export.ExportedProgram, call: CallSpec, opset: int
             why=f"its operators have no form there; opset {model.opset_imports['']} works",
             help=f"opset={model.opset_imports['']}",
         )
-    branches.outlined(model)
+    branches.gathered(model)
+    kv_heads.unrepeated(model)
     _name_sizes(model, call)
     _tie(model)
     _clear(model)
-    _check_domains(model)
+    _check_domains(model, targets.DOMAINS[target])
     model.producer_name = PRODUCER
     return model
 
@@ -147,9 +150,9 @@ def _clear(model: Any) -> None:
     model.graph.metadata_props.clear()
 
 
-def _check_domains(model: Any) -> None:
-    """Only the standard domain, after local functions are inlined."""
-    foreign = {n.domain for n in model.graph.all_nodes()} - {"", "ai.onnx"}
+def _check_domains(model: Any, known: tuple[str, ...]) -> None:
+    """Only the standard domain and ``known``, after local functions are inlined."""
+    foreign = {n.domain for n in model.graph.all_nodes()} - {"", "ai.onnx", *known}
     foreign -= {key[0] for key in model.functions}
     if foreign:
         raise NotExported(

@@ -21,22 +21,32 @@ def export(
         typer.Argument(metavar="FILE", help="The ONNX file to write.", show_default=False),
     ],
     target: Annotated[
-        str, typer.Option(metavar="T", help="portable: the standard's operators only.")
+        str,
+        typer.Option(
+            metavar="T",
+            help="portable: the standard's operators only; ort: ONNX Runtime's own, where faster.",
+        ),
     ] = "portable",
     active: Annotated[
         float | None,
         typer.Option(metavar="A", help="Active budget in the file, 0 < A <= 1; as OUT if absent."),
     ] = None,
     opset: Annotated[
-        int | None, typer.Option(metavar="N", help="Opset to write, 18 to 24; 20 if absent.")
+        int | None,
+        typer.Option(metavar="N", help="Opset to write, 18 to 24; 20 if absent, 23 for ort."),
     ] = None,
     routing: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="HOW",
-            help="mask: dead units are set to zero; branch: unused experts are not run.",
+            help="mask: dead units are set to zero; branch: unused experts are not run; moe (ort):"
+            " as its MoE operator; auto: the fastest of them by measurement, or dense where none"
+            " is faster. Absent: auto for ort, mask for portable.",
         ),
-    ] = "mask",
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a call that auto times; 1 is decoding.")
+    ] = 1,
     external_data: Annotated[
         bool,
         typer.Option(
@@ -56,7 +66,8 @@ def export(
     Runtime. Language models get key/value cache inputs and outputs, named as Optimum names them.
     """
     checks.fraction("--active", active)
-    targets.check(target, routing, opset)
+    checks.at_least("--tokens", tokens, 1)
+    targets.check(target, targets.routing(target, routing), opset)
     checks.saved(saved)
     checks.output_file("FILE", output, force=force)
     checks.onnx(check=not no_check)
@@ -71,6 +82,7 @@ def export(
             target=target,
             opset=opset,
             routing=routing,
+            tokens=tokens,
             external_data=True if external_data else None,
             check=not no_check,
             force=force,

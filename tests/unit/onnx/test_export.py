@@ -147,7 +147,7 @@ def test_runs_with_onnxruntime_alone(file: tuple[Path, Any], tmp_path: Path) -> 
 def test_nothing_is_traced_for_a_place_that_is_taken(
     file: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trace, "formed", lambda model, skip: pytest.fail("traced"))
+    monkeypatch.setattr(trace, "formed", lambda *_: pytest.fail("traced"))
     with pytest.raises(OutputError, match="exists already"):
         llama().export(file[0])
 
@@ -157,7 +157,7 @@ def test_what_has_no_form_is_refused_with_its_place(
 ) -> None:
     from sparsify.codegen.onnx import forms
 
-    def refuse(module: Any, skip: bool) -> None:
+    def refuse(module: Any, way: str) -> None:
         if isinstance(module, RoutedFFN):
             raise Refused("its experts are elsewhere", suggestion="fetch them")
 
@@ -182,7 +182,7 @@ def test_a_file_that_differs_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
     program, made = object(), ir.load
     case = parity.Case("decode", 0.1, 1.0)
     monkeypatch.setattr(exporting.trace, "traced", lambda graph, model: program)
-    monkeypatch.setattr(exporting.translate, "translated", lambda p, call, opset: empty())
+    monkeypatch.setattr(exporting.translate, "translated", lambda *_: empty())
     monkeypatch.setattr(exporting.parity, "compare", lambda model, path: (case,))
     (tmp_path / "a.onnx").write_text("the file before")
     with pytest.raises(ParityFailed, match="decode"):
