@@ -247,8 +247,10 @@ class SparseModel(nn.Module):
             options: ``target`` (``portable``: the standard's operators only), ``opset``,
                 ``external_data`` (weights in a file beside it; by itself above 2 GiB),
                 ``routing`` (``mask``: dead units are set to zero; ``branch``: experts that no token
-                uses are not run), ``check`` (hold the file against the model, in ONNX Runtime),
-                ``force`` (replace a file), ``progress``.
+                uses are not run), ``weights`` (how matrices are stored: ``float32``, ``float16``,
+                ``bfloat16``, ``int8`` or ``int4``; by itself as the model has them), ``check``
+                (hold the file against the model, in ONNX Runtime), ``force`` (replace a file),
+                ``progress``.
 
         Returns:
             What was written: files, operators and parity (:mod:`sparsify.codegen.onnx.export`).

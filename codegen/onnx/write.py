@@ -45,18 +45,29 @@ def writing(model: Any, path: Path, *, external: bool | None, force: bool) -> It
     Raises:
         OutputError: the disk is full or the place not writable.
     """
-    (ir,) = need("onnx_ir")
     check_place(path, force=force)
+    with aside(model, path, external=external) as file:
+        yield file
+        made = sorted(file.parent.iterdir(), key=lambda part: part == file)  # the graph last
+        _into_place(made, path.parent, file.parent)
+        if len(made) == 1:
+            _data(path).unlink(missing_ok=True)  # of the file that was replaced
+
+
+@contextlib.contextmanager
+def aside(model: Any, path: Path, *, external: bool | None = None) -> Iterator[Path]:
+    """The model as a file of the same name in a folder beside ``path``, gone afterwards.
+
+    Raises:
+        OutputError: as :func:`writing`; for what happens inside, too.
+    """
+    (ir,) = need("onnx_ir")
     options = _options(model, path, external)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         fresh.mkdir()
         ir.save(model, fresh / path.name, **options)
         yield fresh / path.name
-        made = sorted(fresh.iterdir(), key=lambda file: file.name == path.name)  # the graph last
-        _into_place(made, path.parent, fresh)
-        if not options:
-            _data(path).unlink(missing_ok=True)  # of the file that was replaced
     except OSError as error:
         raise OutputError(
             f"cannot write {path}", why=_why(error, path.parent), help="nothing was changed"
@@ -89,7 +100,7 @@ def _data(path: Path) -> Path:
 
 
 def _options(model: Any, path: Path, external: bool | None) -> dict[str, Any]:
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    size = sum(v.const_value.nbytes for g in model.graphs() for v in g.initializers.values())
     if size <= LIMIT and not external:
         return {}
     if external is False:
@@ -102,8 +113,9 @@ def _options(model: Any, path: Path, external: bool | None) -> dict[str, Any]:
 
 
 def _into_place(made: list[Path], folder: Path, aside: Path) -> None:
-    """Rename the files into ``folder``; old ones come back where one cannot be renamed."""
+    """Rename the files into ``folder``; all is as it was where one cannot be renamed."""
     old: list[tuple[Path, Path]] = []
+    new: list[Path] = []
     try:
         for file in made:
             target = folder / file.name
@@ -112,7 +124,10 @@ def _into_place(made: list[Path], folder: Path, aside: Path) -> None:
                 target.rename(kept)
                 old.append((kept, target))
             file.replace(target)
-    except OSError:
+            new.append(target)
+    except BaseException:
+        for target in new:
+            target.unlink()
         for kept, target in old:
             kept.replace(target)
         raise

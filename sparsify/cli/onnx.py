@@ -28,7 +28,7 @@ def export(
         typer.Option(metavar="A", help="Active budget in the file, 0 < A <= 1; as OUT if absent."),
     ] = None,
     opset: Annotated[
-        int | None, typer.Option(metavar="N", help="Opset to write, 18 to 24; 20 if absent.")
+        int | None, typer.Option(metavar="N", help="Opset to write, 18 to 24; 20 (int4: 21) if absent.")
     ] = None,
     routing: Annotated[
         str,
@@ -37,6 +37,14 @@ def export(
             help="mask: dead units are set to zero; branch: unused experts are not run.",
         ),
     ] = "mask",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W",
+            help="float32, float16, bfloat16, int8 or int4: how matrices are stored; as OUT if"
+            " absent.",
+        ),
+    ] = None,
     external_data: Annotated[
         bool,
         typer.Option(
@@ -56,7 +64,7 @@ def export(
     Runtime. Language models get key/value cache inputs and outputs, named as Optimum names them.
     """
     checks.fraction("--active", active)
-    targets.check(target, routing, opset)
+    targets.check(target, routing, opset, weights or "float32")
     checks.saved(saved)
     checks.output_file("FILE", output, force=force)
     checks.onnx(check=not no_check)
@@ -71,6 +79,7 @@ def export(
             target=target,
             opset=opset,
             routing=routing,
+            weights=weights,
             external_data=True if external_data else None,
             check=not no_check,
             force=force,
