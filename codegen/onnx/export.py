@@ -40,7 +40,7 @@ class Exported:
     forms: dict[str, int]
     operators: dict[str, int]
     cases: tuple[parity.Case, ...]
-    weights: Weights = Weights()
+    weights: Weights
 
     @property
     def size(self) -> int:
@@ -120,7 +120,7 @@ def export(
             "sparsify.routing": routing,
         }
     )
-    done, proof = Weights(), None
+    done, proof = Weights("float32", {}, {}), None
     if precision != "float32":
         done, proof = rounded.rounded(model, made, precision, graph, place, check=check)
         _hold(proof.cases if proof else (), model)

@@ -63,7 +63,8 @@ def rounded(
     """Round the weights of an ``onnx_ir.Model``; the proof where ``check`` asks for it.
 
     Args:
-        graph: the forms that ``made`` was traced from; place: float32 files lie beside it meanwhile.
+        graph: the forms that ``made`` was traced from; place: files in float32 lie beside it
+            meanwhile.
 
     Raises:
         OutputError: they cannot be written.

@@ -68,8 +68,9 @@ def _step(node: Any, place: int, shape: tuple[int, ...]) -> Step | None:
     if node.op_type != "Reshape":
         return None
     wanted = ir.convenience.get_const_tensor(node.inputs[1])
-    if wanted is None or _number(node, "allowzero"):
+    if wanted is None:
         return None
+    # with allowzero a zero is no sign for the old size; a weight has none
     sizes = [shape[at] if n == 0 else int(n) for at, n in enumerate(wanted.numpy().tolist())]
     if -1 in sizes:
         sizes[sizes.index(-1)] = math.prod(shape) // -math.prod(sizes)

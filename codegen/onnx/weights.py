@@ -64,9 +64,9 @@ class Weights:
         stored: float16, int8, int4 -> how many matrices; left: why not -> how many initializers.
     """
 
-    precision: str = "float32"
-    stored: dict[str, int] = dataclasses.field(default_factory=dict)
-    left: dict[str, int] = dataclasses.field(default_factory=dict)
+    precision: str
+    stored: dict[str, int]
+    left: dict[str, int]
 
     def text(self) -> str:
         """One line."""

@@ -28,7 +28,8 @@ def export(
         typer.Option(metavar="A", help="Active budget in the file, 0 < A <= 1; as OUT if absent."),
     ] = None,
     opset: Annotated[
-        int | None, typer.Option(metavar="N", help="Opset to write, 18 to 24; 20 (int4: 21) if absent.")
+        int | None,
+        typer.Option(metavar="N", help="Opset to write, 18 to 24; 20 (int4: 21) if absent."),
     ] = None,
     routing: Annotated[
         str,
