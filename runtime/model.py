@@ -243,7 +243,8 @@ class SparseModel(nn.Module):
         """Write the model at its present budget as ONNX.
 
         Args:
-            path: the file, ``model.onnx``.
+            path: the file, ``model.onnx``; or a folder, one that is there or with a slash at the
+                end, for ``model.onnx`` and what Optimum and onnxruntime-genai read beside it.
             options: ``target`` (``portable``: the standard's operators only), ``opset``,
                 ``external_data`` (weights in a file beside it; by itself above 2 GiB),
                 ``routing`` (``mask``: dead units are set to zero; ``branch``: experts that no token

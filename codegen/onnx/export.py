@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from sparsify.codegen.onnx import parity, rounded, targets, trace, translate, write
+from sparsify.codegen.onnx import (
+    client_files,
+    parity,
+    rounded,
+    targets,
+    trace,
+    translate,
+    write,
+)
 from sparsify.codegen.onnx.needs import EXTRA, need
 from sparsify.codegen.onnx.weights import Weights
 from sparsify.errors import BadInput, ParityFailed
@@ -31,6 +39,7 @@ class Exported:
         cases: the file against the model; empty where it was not asked for. Of a file with rounded
             weights more: see :mod:`sparsify.codegen.onnx.rounded`.
         weights: what became of the float weights.
+        beside: names of files for clients, where a folder was written.
     """
 
     files: tuple[Path, ...]
@@ -41,6 +50,7 @@ class Exported:
     operators: dict[str, int]
     cases: tuple[parity.Case, ...]
     weights: Weights
+    beside: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -52,6 +62,7 @@ class Exported:
         return {
             "files": [str(file) for file in self.files],
             "bytes": self.size,
+            "beside": list(self.beside),
             "target": self.target,
             "opset": self.opset,
             "active": self.active,
@@ -70,6 +81,8 @@ class Exported:
             + (f" with {self.files[1].name}" if len(self.files) > 1 else "")
         ]
         lines += [f"  {count} x {what}" for what, count in self.forms.items()]
+        if self.beside:
+            lines.append(f"  beside it: {', '.join(self.beside)}")
         if self.weights.precision != "float32":
             lines.append(f"  {self.weights.text()}")
         return "\n".join([*lines, *(f"  {case.text()}" for case in self._shown())])
@@ -97,6 +110,15 @@ def export(
     progress: Progress | None = None,
 ) -> Exported:
     """Write ``model`` at its present budget as ONNX; see :meth:`SparseModel.export`."""
+    if write.is_folder(path):
+        options: dict[str, Any] = {
+            "target": target, "opset": opset, "external_data": external_data, "routing": routing,
+            "weights": weights, "check": check, "progress": progress,
+        }  # fmt: skip
+        made: Exported = client_files.in_folder(
+            model, path, force, lambda file: export(model, file, **options)
+        )
+        return made
     place = Path(path)
     precision = weights or _precision(model)
     version = targets.check(target, routing, opset, precision)

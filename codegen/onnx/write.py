@@ -15,6 +15,7 @@ from sparsify.codegen.onnx.needs import need
 from sparsify.errors import OutputError
 
 LIMIT = (1 << 31) - (1 << 20)  # protobuf's 2 GiB, less room for the graph
+MODEL = "model.onnx"  # its name in a folder for clients
 SMALL = 1024  # bytes of a tensor that stays in the graph's own file
 
 
@@ -30,6 +31,32 @@ def check_place(path: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write {path}", why=f"the folder {parent} {why}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {path}", why=f"the folder {parent} is not writable")
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is meant: the name ends with a slash, or there is one."""
+    text = os.fspath(path)
+    return text.endswith(("/", os.sep)) or Path(text).is_dir()
+
+
+def check_folder(folder: Path, *, force: bool) -> None:
+    """OutputError where ``folder`` is taken or plainly cannot be written."""
+    parent = folder.absolute().parent
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file", help="name a folder, or leave the slash out")
+    if not parent.is_dir():
+        raise OutputError(f"cannot write {folder}", why=f"the folder {parent} is not there")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {folder}", why=f"the folder {parent} is not writable")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not force:
+        raise OutputError(f"{folder} is not empty", help="choose another name, or force it")
+    if not (folder / MODEL).exists():
+        raise OutputError(
+            f"{folder} holds no {MODEL}, so it is not replaced",
+            help="choose another name, or remove it yourself",
+        )
 
 
 @contextlib.contextmanager

@@ -10,15 +10,19 @@ import typer
 from sparsify.cli import checks, show
 from sparsify.cli.app import JsonFlag, QuietFlag, SavedArgument, app
 from sparsify.cli.progress import bars
-from sparsify.codegen.onnx import targets
+from sparsify.codegen.onnx import targets, write
 
 
 @app.command()
 def export(
     saved: SavedArgument,
     output: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="The ONNX file to write.", show_default=False),
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="The ONNX file to write; or FOLDER/, with what clients read beside the model.",
+            show_default=False,
+        ),
     ],
     target: Annotated[
         str, typer.Option(metavar="T", help="portable: the standard's operators only.")
@@ -67,7 +71,10 @@ def export(
     checks.fraction("--active", active)
     targets.check(target, routing, opset, weights or "float32")
     checks.saved(saved)
-    checks.output_file("FILE", output, force=force)
+    if write.is_folder(output):
+        write.check_folder(Path(output), force=force)
+    else:
+        checks.output_file("FILE", Path(output), force=force)
     checks.onnx(check=not no_check)
     with bars(quiet=quiet) as progress:
         from sparsify import api

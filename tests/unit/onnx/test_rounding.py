@@ -102,8 +102,8 @@ GRAPHS: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int], dic
     ("transposed", "t = Transpose (w) y = MatMul (x, t)", {"w": numbers(N, K)}, X,
      {"int8": 1}, {"int4": 1}),
     ("packed",
-     "f = Constant <value_ints = [-1, 80]> () r = Reshape <allowzero = 1> (w, f)"
-     " t = Transpose <perm = [1, 0]> (r) y = MatMul (x, t)",
+     ("f = Constant <value_ints = [-1, 80]> () r = Reshape <allowzero = 1> (w, f)"
+      " t = Transpose <perm = [1, 0]> (r) y = MatMul (x, t)"),
      {"w": numbers(3, 16, K)}, X, {"int8": 1}, {"int4": 1}),
     ("gemm", "y = Gemm <transB = 1> (x, w, b)", {"w": numbers(N, K), "b": numbers(N)}, X,
      {"int8": 1}, {"int4": 1}),
@@ -119,9 +119,9 @@ GRAPHS: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int], dic
     ("tied", "x = Gather (w, ids) t = Transpose <perm = [1, 0]> (w) y = MatMul (x, t)",
      {"w": numbers(N, K)}, IDS, {"int8": 1}, {"int8": 1}),
     ("in a branch",
-     "s = ReduceSum <keepdims = 0> (x) z = Constant <value_float = -1000.0> () c = Greater (s, z)"
-     " y = If (c) <then_branch = a () => (float[d, e] p) { p = MatMul (x, w) },"
-     " else_branch = b () => (float[d, e] q) { q = MatMul (x, v) }>",
+     ("s = ReduceSum <keepdims = 0> (x) z = Constant <value_float = -1000.0> () c = Greater (s, z)"
+      " y = If (c) <then_branch = a () => (float[d, e] p) { p = MatMul (x, w) },"
+      " else_branch = b () => (float[d, e] q) { q = MatMul (x, v) }>"),
      {"w": numbers(K, N), "v": numbers(K, N)}, X, {"int8": 2}, {"int4": 2}),
 ]  # fmt: skip
 
