@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sparsify
-from sparsify.codegen.onnx import parity
+from sparsify.codegen.onnx import parity, weights
 from tests.contract.zoo_captures import captured
 
 ir = pytest.importorskip("onnx_ir")
@@ -69,3 +69,29 @@ def test_dead_experts_are_not_read(exported: tuple[Any, Path], tmp_path: Path) -
             poisoned += 1
             assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
     assert poisoned == EXPERTS  # half of the experts of both layers
+
+
+def test_onnxs_own_evaluator_agrees(exported: tuple[Any, Path]) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    model, place = exported
+    names = parity.input_names(model.call_spec)
+    feed = {name: t.numpy() for name, t in zip(names, model.example, strict=True)}
+    found = torch.from_numpy(ReferenceEvaluator(str(place)).run(None, feed)[0])
+    with torch.no_grad():
+        expected = model.graph(*model.example)[0]
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+def test_weights_in_four_bits_are_in_branches_too(
+    exported: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes lie in the branches that read them: ONNX Runtime fuses nothing across a border."""
+    monkeypatch.setattr(weights, "LEAST", 64)
+    found = exported[0].export(tmp_path / "a.onnx", routing="branch", weights="int4")
+    assert all(case.ok for case in found.cases)
+    for node in ir.load(found.files[0]).graph:
+        if node.op_type == "If":
+            branch = node.attributes["then_branch"].value
+            assert sum(name.endswith(".codes") for name in branch.initializers) == 2
+            assert [n.op_type for n in branch].count("DequantizeLinear") == 2

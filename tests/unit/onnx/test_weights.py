@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.codegen.onnx import parity, rounded, translate, weights
 from sparsify.codegen.onnx import export as exporting
+from sparsify.codegen.onnx import parity, rounded, translate, weights
 from sparsify.errors import BadInput, ParityFailed
 from tests.unit.onnx.models import llama, llama_translated
 
@@ -81,9 +81,7 @@ def test_the_standards_evaluator_reads_codes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_codes_that_are_off_are_not_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_codes_that_are_off_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     put = rounded.put_codes
 
     def wrong(made: Any, plans: list[weights.Plan]) -> None:
@@ -100,9 +98,7 @@ def test_codes_that_are_off_are_not_kept(
 
 
 @pytest.mark.usefixtures("quick")
-def test_without_a_check_nothing_is_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_check_nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(parity, "session", lambda *a, **k: pytest.fail("ran"))
     found = llama().export(tmp_path / "a.onnx", weights="int4", check=False)
     assert found.cases == () and found.weights.stored["int4"] == 15
