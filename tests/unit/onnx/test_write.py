@@ -66,9 +66,8 @@ def test_above_the_limit_weights_are_apart(tmp_path: Path, monkeypatch: pytest.M
         write(model(1001), tmp_path / "c.onnx", external=False, force=False)
     assert names(tmp_path) == ["large.onnx", "large.onnx.data", "small.onnx"]
     made = model(500)
-    branch = ir.Graph((), made.graph.outputs, nodes=[], name="b")
-    weight = ir.tensor(np.zeros(600, np.float32), name="v")
-    branch.register_initializer(ir.Value(name="v", const_value=weight))
+    weight = ir.Value(name="v", const_value=ir.tensor(np.zeros(600, np.float32), name="v"))
+    branch = ir.Graph((), [weight], nodes=[], initializers=[weight], name="b")
     choose = ir.node("If", [made.graph.inputs[0]], {"then_branch": branch})
     made.graph.append(choose)
     with pytest.raises(OutputError, match="holds 2 GiB"):
