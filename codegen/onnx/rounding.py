@@ -21,12 +21,18 @@ class Rounded:
     Attributes:
         codes: int8 (K, N).
         scales: (blocks of K, N), float16 where that holds them exactly, else float32.
-        values: float32 (K, N): every code times the scale of its block.
+        group: neighbours among K that share a scale.
     """
 
     codes: Any
     scales: Any
-    values: Any
+    group: int
+
+    @property
+    def values(self) -> Any:
+        """float32 (K, N): every code times the scale of its block."""
+        wide = np.repeat(self.scales.astype(np.float32), self.group, axis=0)
+        return self.codes * wide[: len(self.codes)]
 
 
 def rounded(matrix: Any, bits: int) -> Rounded:
@@ -49,8 +55,7 @@ def rounded(matrix: Any, bits: int) -> Rounded:
         codes[:, start : start + step] = found.numpy()[:, :inputs].T
         scales[:, start : start + step] = by_block.float().numpy().T / by
     half = _half(scales)
-    wide = np.repeat(scales, group, axis=0)[:inputs]
-    return Rounded(codes, scales if half is None else half, codes * wide)
+    return Rounded(codes, scales if half is None else half, group)
 
 
 def _towards_one(matrix: Any) -> Any:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from sparsify.codegen.onnx.needs import need
-from sparsify.codegen.onnx.rounding import rounded
+from sparsify.codegen.onnx.rounding import Rounded, rounded
 from sparsify.codegen.onnx.views import Use, unviewed, uses_of, viewed
 from sparsify.runtime.budget import Budgeted
 
@@ -43,7 +43,7 @@ class Plan:
         codes, scales: as :class:`sparsify.codegen.onnx.rounding.Rounded` has them, in the layout
             (K, N) that readers see where ``as_read``, else in the initializer's own with scales
             (..., 1); scales None for floats.
-        values: what codes and scales stand for: float32, in the initializer's own layout.
+        rounded: what they were made from; None for floats.
     """
 
     value: Any
@@ -52,7 +52,17 @@ class Plan:
     as_read: bool
     codes: Any
     scales: Any | None
-    values: Any
+    rounded: Rounded | None
+
+    @property
+    def values(self) -> Any:
+        """What codes and scales stand for: float32, in the initializer's own layout."""
+        shape = tuple(int(size) for size in self.value.shape)
+        if self.rounded is None:
+            return self.codes.astype(np.float32)
+        if self.as_read:
+            return unviewed(self.rounded.values, self.uses[0].steps, shape)
+        return self.rounded.values.T.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +127,7 @@ def _plan(value: Any, uses: tuple[Use, ...], precision: str) -> Plan:
     array = value.const_value.numpy()
     if precision not in BITS:
         kind = np.float16 if precision == "float16" else need("ml_dtypes")[0].bfloat16
-        codes = array.astype(kind)
-        return Plan(value, uses, precision, False, codes, None, codes.astype(np.float32))
+        return Plan(value, uses, precision, False, array.astype(kind), None, None)
     first = uses[0]
     alike = all(
         use.role == "matrix" and use.steps == first.steps and use.node.graph is first.node.graph
@@ -127,12 +136,10 @@ def _plan(value: Any, uses: tuple[Use, ...], precision: str) -> Plan:
     operand = viewed(array, first.steps)
     if alike and operand.ndim == 2:
         found = rounded(operand, BITS[precision])
-        values = unviewed(found.values, first.steps, array.shape)
-        return Plan(value, uses, precision, True, found.codes, found.scales, values)
+        return Plan(value, uses, precision, True, found.codes, found.scales, found)
     found = rounded(array.reshape(-1, array.shape[-1]).T, 8)
-    codes, values = (part.T.reshape(array.shape) for part in (found.codes, found.values))
-    scales = found.scales.T.reshape(*array.shape[:-1], 1)
-    return Plan(value, uses, "int8", False, codes, scales, values)
+    codes, scales = found.codes.T.reshape(array.shape), found.scales.T
+    return Plan(value, uses, "int8", False, codes, scales.reshape(*array.shape[:-1], 1), found)
 
 
 def put_values(plans: Sequence[Plan]) -> None:
