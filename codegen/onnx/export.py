@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable
@@ -10,8 +11,18 @@ from typing import Any
 
 import torch
 
-from sparsify.codegen.onnx import choice, parity, targets, trace, translate, write
+from sparsify.codegen.onnx import (
+    choice,
+    client_files,
+    parity,
+    rounded,
+    targets,
+    trace,
+    translate,
+    write,
+)
 from sparsify.codegen.onnx.needs import EXTRA, need
+from sparsify.codegen.onnx.weights import Weights
 from sparsify.core import Remark
 from sparsify.errors import BadInput, ParityFailed
 from sparsify.runtime.model import SparseModel
@@ -27,8 +38,11 @@ class Exported:
         files: the graph's file first, then its weights' where they are apart.
         target, opset: what it needs of a runtime; active: router -> the budget in the file.
         forms: what routed modules became -> how many; operators: how many of each.
-        cases: the file against the model; empty where it was not asked for.
+        cases: the file against the model; empty where it was not asked for. Of a file with rounded
+            weights more: see :mod:`sparsify.codegen.onnx.rounded`.
+        weights: what became of the float weights.
         choices: with ``routing="auto"``, what was measured and chosen for every layer.
+        beside: names of files for clients, where a folder was written.
     """
 
     files: tuple[Path, ...]
@@ -38,7 +52,9 @@ class Exported:
     forms: dict[str, int]
     operators: dict[str, int]
     cases: tuple[parity.Case, ...]
+    weights: Weights
     choices: tuple[choice.Choice, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def remarks(self) -> tuple[Remark, ...]:
@@ -55,13 +71,17 @@ class Exported:
         return {
             "files": [str(file) for file in self.files],
             "bytes": self.size,
+            "beside": list(self.beside),
             "target": self.target,
             "opset": self.opset,
             "active": self.active,
             "forms": self.forms,
             "operators": self.operators,
             "choices": [made.to_dict() for made in self.choices],
-            "parity": [{**dataclasses.asdict(c), "ok": c.ok} for c in self.cases],
+            "weights": dataclasses.asdict(self.weights),
+            "parity": [
+                {**dataclasses.asdict(c), "relative": c.relative, "ok": c.ok} for c in self.cases
+            ],
         }
 
     def text(self) -> str:
@@ -72,7 +92,19 @@ class Exported:
         ]
         lines += [f"  {count} x {what}" for what, count in self.forms.items()]
         lines += [f"  {line}" for line in choice.told(self.choices)]
-        return "\n".join([*lines, *(f"  {case.text()}" for case in self.cases)])
+        if self.beside:
+            lines.append(f"  beside it: {', '.join(self.beside)}")
+        if self.weights.precision != "float32":
+            lines.append(f"  {self.weights.text()}")
+        return "\n".join([*lines, *(f"  {case.text()}" for case in self._shown())])
+
+    def _shown(self) -> list[parity.Case]:
+        """All against the model; of what else the file is held against the worst."""
+        shown = [case for case in self.cases if case.against == "model"]
+        for against in dict.fromkeys(case.against for case in self.cases if case not in shown):
+            group = [case for case in self.cases if case.against == against]
+            shown.append(max(group, key=lambda case: case.relative))
+        return shown
 
 
 def export(
@@ -84,19 +116,25 @@ def export(
     external_data: bool | None = None,
     routing: str | None = None,
     tokens: int = 1,
+    weights: str | None = None,
     check: bool = True,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write ``model`` at its present budget as ONNX; see :meth:`SparseModel.export`."""
+    if write.is_folder(path):
+        options: dict[str, Any] = {
+            "target": target, "opset": opset, "external_data": external_data, "routing": routing,
+            "tokens": tokens, "weights": weights, "check": check, "progress": progress,
+        }  # fmt: skip
+        made: Exported = client_files.in_folder(
+            model, path, force, lambda file: export(model, file, **options)
+        )
+        return made
     place = Path(path)
     routing = targets.routing(target, routing)
-    version = targets.check(target, routing, opset)
-    if model.dtype != torch.float32:
-        raise BadInput(
-            f"a {str(model.dtype).removeprefix('torch.')} model cannot be exported yet",
-            help="model.float() first, or compile it with dtype='float32'",
-        )
+    precision = weights or _precision(model)
+    version = targets.check(target, routing, opset, precision)
     if tokens < 1:
         raise BadInput(f"a call of {tokens} tokens cannot be timed")
     need(*(EXTRA if check or routing == "auto" else EXTRA[:3]))
@@ -105,12 +143,13 @@ def export(
         raise BadInput(
             "the model has no example to trace with", help="compile it again, with an example"
         )
+    model = _in_float32(model)
     tell = _teller(progress)
     tell()
     with choice.chosen(model, target, routing, tokens) as how:
         return _export(
             model, place, how, tell, target=target, version=version, routing=routing,
-            external_data=external_data, check=check, force=force,
+            precision=precision, external_data=external_data, check=check, force=force,
         )  # fmt: skip
 
 
@@ -123,6 +162,7 @@ def _export(
     target: str,
     version: int,
     routing: str,
+    precision: str,
     external_data: bool | None,
     check: bool,
     force: bool,
@@ -138,10 +178,14 @@ def _export(
             "sparsify.routing": routing,
         }
     )
+    done, proof = Weights("float32", {}, {}), None
+    if precision != "float32":
+        done, proof = rounded.rounded(model, made, precision, graph, place, check=check)
+        _hold(proof.cases if proof else (), model)
     tell()
     with write.writing(made, place, external=external_data, force=force) as file:
         tell()
-        cases = parity.compare(model, file) if check else ()
+        cases = proof.of(model, file) if proof else parity.compare(model, file) if check else ()
         _hold(cases, model)
     tell()
     operators: dict[str, int] = {}
@@ -149,8 +193,27 @@ def _export(
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
     return Exported(
         write.files_of(place), target, version, model.active, trace.told(graph),
-        dict(sorted(operators.items())), cases, how.choices,
+        dict(sorted(operators.items())), cases, done, how.choices,
     )  # fmt: skip
+
+
+def _precision(model: SparseModel) -> str:
+    """That of the model's own weights."""
+    name = str(model.dtype).removeprefix("torch.")
+    if model.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise BadInput(
+            f"a {name} model cannot be exported",
+            help="model.float() first, or compile it with dtype='float32'",
+        )
+    return name
+
+
+def _in_float32(model: SparseModel) -> SparseModel:
+    """Itself, or for a half-precision model a copy that computes in float32, weights unchanged."""
+    if _precision(model) == "float32":
+        return model
+    wide: SparseModel = copy.deepcopy(model).float()
+    return wide
 
 
 def _teller(progress: Progress | None) -> Callable[[], None]:
@@ -169,9 +232,10 @@ def _hold(cases: tuple[parity.Case, ...], model: SparseModel) -> None:
     """ParityFailed where a case is off."""
     if all(case.ok for case in cases):
         return
-    worst = max(cases, key=lambda case: case.relative)
+    worst = max((case for case in cases if case.held), key=lambda case: case.relative)
+    other = "the model" if worst.against == "model" else "float32 with the same weights"
     raise ParityFailed(
-        f"the exported {model.call_spec.model} differs from the model, so it was not kept",
+        f"the exported {model.call_spec.model} differs from {other}, so it was not kept",
         why=f"{worst.name}: relative error {worst.relative:.1e}, allowed {parity.RELATIVE:.0e}",
         where="\n".join(case.text() for case in cases),
         help="check=False (--no-check) keeps the file",

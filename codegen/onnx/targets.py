@@ -12,10 +12,12 @@ TARGETS = tuple(DOMAINS)
 # how feed-forward layers skip: not at all, dead units are set to zero; experts compute the tokens
 # that use them; as ONNX Runtime's MoE; the fastest by measurement, or none where dense is faster
 ROUTING = ("mask", "branch", "moe", "auto")
+WEIGHTS = ("float32", "float16", "bfloat16", "int8", "int4")  # how matrices are stored
 OPSET = 20  # default: what ONNX Runtime 1.17 and later read
 # 23 brings Attention, RMSNormalization and RotaryEmbedding, which ONNX Runtime 1.32 does not fuse
 # from their parts: decoding and prefill are faster by a tenth and more (kv_heads.py)
 OPSET_ORT = 23
+INT4 = 21  # the first with 4-bit tensors: ONNX Runtime 1.20 and later
 OPSETS = range(18, 25)  # the operators that torch's exporter writes begin at 18
 
 
@@ -24,9 +26,11 @@ def routing(target: str, asked: str | None) -> str:
     return asked or ("auto" if target == "ort" else "mask")
 
 
-def check(target: str, routing: str, opset: int | None) -> int:
+def check(target: str, routing: str, opset: int | None, weights: str = "float32") -> int:
     """The opset to write; BadInput for what is not on offer."""
-    for name, value, legal in (("target", target, TARGETS), ("routing", routing, ROUTING)):
+    for name, value, legal in (
+        ("target", target, TARGETS), ("routing", routing, ROUTING), ("weights", weights, WEIGHTS),
+    ):  # fmt: skip
         if value not in legal:
             raise BadInput(
                 f"no {name} '{value}'",
@@ -39,11 +43,18 @@ def check(target: str, routing: str, opset: int | None) -> int:
             help="target='ort', or routing='branch'",
         )
     if opset is None:
-        return OPSET_ORT if target == "ort" else OPSET
+        least = INT4 if weights == "int4" else OPSET
+        return max(least, OPSET_ORT) if target == "ort" else least
     if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
         raise BadInput(
             f"opset {opset} cannot be written",
             why=f"the exporter's operators are those of opset {OPSETS[0]} to {OPSETS[-1]}",
             help=f"leave it out: {OPSET} is read by ONNX Runtime 1.17 and later",
+        )
+    if weights == "int4" and opset < INT4:
+        raise BadInput(
+            f"opset {opset} has no weights in 4 bits",
+            why=f"4-bit tensors are part of the standard from opset {INT4} on",
+            help=f"--opset {INT4}, or weights in int8",
         )
     return opset

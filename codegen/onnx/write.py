@@ -15,6 +15,7 @@ from sparsify.codegen.onnx.needs import need
 from sparsify.errors import OutputError
 
 LIMIT = (1 << 31) - (1 << 20)  # protobuf's 2 GiB, less room for the graph
+MODEL = "model.onnx"  # its name in a folder for clients
 SMALL = 1024  # bytes of a tensor that stays in the graph's own file
 
 
@@ -32,6 +33,32 @@ def check_place(path: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write {path}", why=f"the folder {parent} is not writable")
 
 
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is meant: the name ends with a slash, or there is one."""
+    text = os.fspath(path)
+    return text.endswith(("/", os.sep)) or Path(text).is_dir()
+
+
+def check_folder(folder: Path, *, force: bool) -> None:
+    """OutputError where ``folder`` is taken or plainly cannot be written."""
+    parent = folder.absolute().parent
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file", help="name a folder, or leave the slash out")
+    if not parent.is_dir():
+        raise OutputError(f"cannot write {folder}", why=f"the folder {parent} is not there")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {folder}", why=f"the folder {parent} is not writable")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not force:
+        raise OutputError(f"{folder} is not empty", help="choose another name, or force it")
+    if not (folder / MODEL).exists():
+        raise OutputError(
+            f"{folder} holds no {MODEL}, so it is not replaced",
+            help="choose another name, or remove it yourself",
+        )
+
+
 @contextlib.contextmanager
 def writing(model: Any, path: Path, *, external: bool | None, force: bool) -> Iterator[Path]:
     """Write an ``onnx_ir.Model``; inside, the file lies apart, and may still be refused.
@@ -45,18 +72,29 @@ def writing(model: Any, path: Path, *, external: bool | None, force: bool) -> It
     Raises:
         OutputError: the disk is full or the place not writable.
     """
-    (ir,) = need("onnx_ir")
     check_place(path, force=force)
+    with aside(model, path, external=external) as file:
+        yield file
+        made = sorted(file.parent.iterdir(), key=lambda part: part == file)  # the graph last
+        _into_place(made, path.parent, file.parent)
+        if len(made) == 1:
+            _data(path).unlink(missing_ok=True)  # of the file that was replaced
+
+
+@contextlib.contextmanager
+def aside(model: Any, path: Path, *, external: bool | None = None) -> Iterator[Path]:
+    """The model as a file of the same name in a folder beside ``path``, gone afterwards.
+
+    Raises:
+        OutputError: as :func:`writing`; for what happens inside, too.
+    """
+    (ir,) = need("onnx_ir")
     options = _options(model, path, external)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         fresh.mkdir()
         ir.save(model, fresh / path.name, **options)
         yield fresh / path.name
-        made = sorted(fresh.iterdir(), key=lambda file: file.name == path.name)  # the graph last
-        _into_place(made, path.parent, fresh)
-        if not options:
-            _data(path).unlink(missing_ok=True)  # of the file that was replaced
     except OSError as error:
         raise OutputError(
             f"cannot write {path}", why=_why(error, path.parent), help="nothing was changed"
@@ -89,7 +127,7 @@ def _data(path: Path) -> Path:
 
 
 def _options(model: Any, path: Path, external: bool | None) -> dict[str, Any]:
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    size = sum(v.const_value.nbytes for g in model.graphs() for v in g.initializers.values())
     if size <= LIMIT and not external:
         return {}
     if external is False:
@@ -102,8 +140,9 @@ def _options(model: Any, path: Path, external: bool | None) -> dict[str, Any]:
 
 
 def _into_place(made: list[Path], folder: Path, aside: Path) -> None:
-    """Rename the files into ``folder``; old ones come back where one cannot be renamed."""
+    """Rename the files into ``folder``; all is as it was where one cannot be renamed."""
     old: list[tuple[Path, Path]] = []
+    new: list[Path] = []
     try:
         for file in made:
             target = folder / file.name
@@ -112,7 +151,10 @@ def _into_place(made: list[Path], folder: Path, aside: Path) -> None:
                 target.rename(kept)
                 old.append((kept, target))
             file.replace(target)
-    except OSError:
+            new.append(target)
+    except BaseException:
+        for target in new:
+            target.unlink()
         for kept, target in old:
             kept.replace(target)
         raise

@@ -10,15 +10,19 @@ import typer
 from sparsify.cli import checks, show
 from sparsify.cli.app import JsonFlag, QuietFlag, SavedArgument, app
 from sparsify.cli.progress import bars
-from sparsify.codegen.onnx import targets
+from sparsify.codegen.onnx import targets, write
 
 
 @app.command()
 def export(
     saved: SavedArgument,
     output: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="The ONNX file to write.", show_default=False),
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="The ONNX file to write; or FOLDER/, with what clients read beside the model.",
+            show_default=False,
+        ),
     ],
     target: Annotated[
         str,
@@ -33,7 +37,9 @@ def export(
     ] = None,
     opset: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Opset to write, 18 to 24; 20 if absent, 23 for ort."),
+        typer.Option(
+            metavar="N", help="Opset to write, 18 to 24; if absent 20 (int4: 21), for ort 23."
+        ),
     ] = None,
     routing: Annotated[
         str | None,
@@ -47,6 +53,14 @@ def export(
     tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens of a call that auto times; 1 is decoding.")
     ] = 1,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W",
+            help="float32, float16, bfloat16, int8 or int4: how matrices are stored; as OUT if"
+            " absent.",
+        ),
+    ] = None,
     external_data: Annotated[
         bool,
         typer.Option(
@@ -67,9 +81,12 @@ def export(
     """
     checks.fraction("--active", active)
     checks.at_least("--tokens", tokens, 1)
-    targets.check(target, targets.routing(target, routing), opset)
+    targets.check(target, targets.routing(target, routing), opset, weights or "float32")
     checks.saved(saved)
-    checks.output_file("FILE", output, force=force)
+    if write.is_folder(output):
+        write.check_folder(Path(output), force=force)
+    else:
+        checks.output_file("FILE", Path(output), force=force)
     checks.onnx(check=not no_check)
     with bars(quiet=quiet) as progress:
         from sparsify import api
@@ -83,6 +100,7 @@ def export(
             opset=opset,
             routing=routing,
             tokens=tokens,
+            weights=weights,
             external_data=True if external_data else None,
             check=not no_check,
             force=force,

@@ -321,6 +321,9 @@ EXPORT = (
     Row("export: opset", "export saved a.onnx --opset 12",
         ("opset 12 cannot be written", "18 to 24")),
     Row("export: target", "export saved a.onnx --target potable", ("mean 'portable'?",)),
+    Row("export: weights", "export saved a.onnx --weights in8", ("mean 'int8'?",)),
+    Row("export: 4 bits", "export saved a.onnx --weights int4 --opset 20",
+        ("opset 20 has no weights in 4 bits", "--opset 21")),
     Row("export: routing", "export saved a.onnx --routing x", ("one of: mask, branch, moe",)),
     Row("export: routing of a target", "export saved a.onnx --routing moe",
         ("'portable' has no routing 'moe'", "target='ort'")),
@@ -329,6 +332,11 @@ EXPORT = (
     Row("export: budget", "export saved a.onnx --active 2", ("--active cannot be 2",)),
     Row("export: no model", "export nowhere a.onnx", ("no saved model at nowhere",)),
     Row("export: a folder", "export saved own.py/a.onnx", ("own.py is not a folder",),
+        prepare=saved),
+    Row("export: folder taken", "export saved saved", ("saved is not empty",), prepare=saved),
+    Row("export: folder of others", "export saved saved/ --force", ("holds no model.onnx",),
+        prepare=saved),
+    Row("export: no folder for it", "export saved none/served/", ("is not there",),
         prepare=saved),
     Row("export: file exists", "export saved a.onnx", ("exists already", "--force"),
         prepare=both(saved, write("a.onnx", "kept"))),
@@ -380,6 +388,47 @@ def test_bad_input(row: Row, folder: Path, capsys: pytest.CaptureFixture[str]) -
 def test_there_are_enough_rows() -> None:
     assert len(ROWS) >= 20
     assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+# ---------------------------------------------------------------------------- export, its machine
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+@pytest.mark.parametrize("output", ["small/a.onnx", "small/served/"])
+def test_export_onto_a_full_disk(
+    folder: Path, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk of one page, for real."""
+    saved(folder)
+    (folder / "small").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", "small"]
+    if subprocess.run(mount, cwd=folder, capture_output=True, check=False).returncode:
+        pytest.skip("this machine mounts nothing")
+    try:
+        capsys.readouterr()
+        code = main(["export", "saved", output])
+        left = list((folder / "small").iterdir())
+    finally:
+        subprocess.run(["umount", "small"], cwd=folder, check=True)
+    out, err = capsys.readouterr()
+    assert (code, out, left) == (2, "", [])
+    assert err.splitlines()[0].startswith(f"error: cannot write {output.rstrip('/')}")
+    assert "No space left on device" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("absent", ["onnx", "onnx_ir", "onnxscript", "onnxruntime"])
+def test_export_without_the_extra(
+    absent: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(folder)
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, absent, None)
+    before = tree(folder)
+    assert main(["export", "saved", "a.onnx"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: ONNX export needs {absent}, which is not installed")
+    assert "pip install 'sparsify-fx[onnx]'" in err and "Traceback" not in err
+    assert tree(folder) == before
 
 
 # ---------------------------------------------------------------------------- in a process

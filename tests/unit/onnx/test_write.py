@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparsify.codegen.onnx import write as writer
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.targets import check
-from sparsify.codegen.onnx.write import write
+from sparsify.codegen.onnx.write import check_folder, is_folder, write
 from sparsify.errors import BadInput, MissingDependency, OutputError
 
 ir = pytest.importorskip("onnx_ir")
@@ -53,6 +54,92 @@ def test_replacing_needs_force_and_leaves_no_stale_weights(tmp_path: Path) -> No
         write(model(), place, external=None, force=False)
     write(model(10), place, external=None, force=True)
     assert names(tmp_path) == ["a.onnx"]
+
+
+def test_above_the_limit_weights_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of 2 GiB, brought down to 4,000 bytes; weights of branches count, too."""
+    monkeypatch.setattr(writer, "LIMIT", 4000)
+    one = write(model(1000), tmp_path / "small.onnx", external=None, force=False)
+    two = write(model(1001), tmp_path / "large.onnx", external=None, force=False)
+    assert (len(one), len(two)) == (1, 2)
+    with pytest.raises(OutputError, match="a single ONNX file holds 2 GiB at most"):
+        write(model(1001), tmp_path / "c.onnx", external=False, force=False)
+    assert names(tmp_path) == ["large.onnx", "large.onnx.data", "small.onnx"]
+    made = model(500)
+    weight = ir.Value(name="v", const_value=ir.tensor(np.zeros(600, np.float32), name="v"))
+    branch = ir.Graph((), [weight], nodes=[], initializers=[weight], name="b")
+    choose = ir.node("If", [made.graph.inputs[0]], {"then_branch": branch})
+    made.graph.append(choose)
+    with pytest.raises(OutputError, match="holds 2 GiB"):
+        write(made, tmp_path / "c.onnx", external=False, force=False)
+
+
+def test_what_is_tied_is_written_once_and_moves_with_its_folder(tmp_path: Path) -> None:
+    """Two readers of one weight; the pair is loaded from where the folder went."""
+    ort = pytest.importorskip("onnxruntime")
+    made = model(1000)
+    x, w = made.graph.inputs[0], made.graph.initializers["w"]
+    again = ir.node("Mul", [made.graph.outputs[0], w])
+    again.outputs[0].name = "z"
+    made.graph.append(again)
+    made.graph.outputs[:] = [again.outputs[0]]
+    again.outputs[0].shape, again.outputs[0].type = x.shape, x.type
+    (tmp_path / "first").mkdir()
+    files = write(made, tmp_path / "first" / "a.onnx", external=True, force=False)
+    assert files[1].stat().st_size == 4000
+    (tmp_path / "first").rename(tmp_path / "second")
+    running = ort.InferenceSession(
+        tmp_path / "second" / "a.onnx", providers=["CPUExecutionProvider"]
+    )
+    one = np.ones(1000, np.float32)
+    weight = np.arange(1000, dtype=np.float32)
+    assert np.array_equal(running.run(None, {"x": one})[0], (one + weight) * weight)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("renames", [1, 2, 3])
+def test_an_error_between_the_two_files_leaves_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int, before: bool
+) -> None:
+    """Files are renamed one after the other; the old pair, or the old file alone, comes back."""
+    place = tmp_path / "a.onnx"
+    write(model(1000), place, external=before, force=False)
+    kept = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    real, count = Path.replace, 0
+
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal count
+        count += self.parent != tmp_path
+        if count == renames and not self.name.endswith(".old"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    if renames == 3:  # all went well
+        write(model(2000), place, external=True, force=True)
+        assert (tmp_path / "a.onnx.data").stat().st_size == 8000
+        return
+    with pytest.raises(OutputError, match="Input/output error"):
+        write(model(2000), place, external=True, force=True)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == kept
+
+
+def test_folders(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    assert is_folder("new/") and is_folder(tmp_path) and not is_folder("a.onnx")
+    check_folder(tmp_path / "new", force=False)
+    for name, force, says in (
+        ("taken", False, "is not empty"),
+        ("taken", True, "holds no model.onnx, so it is not replaced"),
+        ("file", True, "is a file"),
+        ("none/new", True, "is not there"),
+    ):
+        with pytest.raises(OutputError, match=says):
+            check_folder(tmp_path / name, force=force)
+    (tmp_path / "taken" / "model.onnx").write_text("old")
+    check_folder(tmp_path / "taken", force=True)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +227,12 @@ def test_opsets_that_cannot_be_written(opset: int) -> None:
 
 
 def test_targets_and_routings_by_name() -> None:
+    assert check("portable", "mask", None, "int8") == 20
+    assert check("portable", "mask", None, "int4") == 21
+    with pytest.raises(BadInput, match="did you mean 'float16'"):
+        check("portable", "mask", None, "flaot16")
+    with pytest.raises(BadInput, match="no weights in 4 bits"):
+        check("portable", "mask", 18, "int4")
     assert check("portable", "branch", None) == 20
     with pytest.raises(BadInput, match="did you mean 'portable'"):
         check("potable", "mask", None)
