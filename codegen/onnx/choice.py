@@ -85,17 +85,24 @@ class Chosen:
 
 @contextlib.contextmanager
 def chosen(
-    model: SparseModel, target: str, routing: str, tokens: int = 1, threads: int | None = None
+    model: SparseModel,
+    target: str,
+    routing: str,
+    tokens: int = 1,
+    threads: int | None = None,
+    *,
+    moe: bool = True,
 ) -> Iterator[Chosen]:
     """What ``routing`` means for ``model``; inside, layers chosen dense have their dials at one.
 
     Args:
         tokens: of a timed call; threads: of ONNX Runtime there, None = as many as torch has.
+        moe: whether ONNX Runtime's operator may be taken; it reads no codes.
     """
     if routing != "auto":
         yield Chosen(routing)
         return
-    offered = ("mask", "branch", "moe") if target == "ort" else ("mask", "branch")
+    offered = ("mask", "branch", "moe") if target == "ort" and moe else ("mask", "branch")
     found = choices(model, offered, tokens, threads or torch.get_num_threads())
     layers = dict(model.graph.named_modules())
     with dial.kept(model):

@@ -146,7 +146,8 @@ def export(
     model = _in_float32(model)
     tell = _teller(progress)
     tell()
-    with choice.chosen(model, target, routing, tokens) as how:
+    coded = precision in targets.CODES
+    with choice.chosen(model, target, routing, tokens, moe=not coded) as how:
         return _export(
             model, place, how, tell, target=target, version=version, routing=routing,
             precision=precision, external_data=external_data, check=check, force=force,

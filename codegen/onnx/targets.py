@@ -13,6 +13,7 @@ TARGETS = tuple(DOMAINS)
 # that use them; as ONNX Runtime's MoE; the fastest by measurement, or none where dense is faster
 ROUTING = ("mask", "branch", "moe", "auto")
 WEIGHTS = ("float32", "float16", "bfloat16", "int8", "int4")  # how matrices are stored
+CODES = ("int8", "int4")  # of those
 OPSET = 20  # default: what ONNX Runtime 1.17 and later read
 # 23 brings Attention, RMSNormalization and RotaryEmbedding, which ONNX Runtime 1.32 does not fuse
 # from their parts: decoding and prefill are faster by a tenth and more (kv_heads.py)
@@ -41,6 +42,12 @@ def check(target: str, routing: str, opset: int | None, weights: str = "float32"
             f"target '{target}' has no routing 'moe'",
             why="the MoE operator is ONNX Runtime's own",
             help="target='ort', or routing='branch'",
+        )
+    if routing == "moe" and weights in CODES:
+        raise BadInput(
+            f"routing 'moe' has no weights in {weights}",
+            why="ONNX Runtime's MoE reads floats",
+            help="routing='branch', or weights='float16'",
         )
     if opset is None:
         least = INT4 if weights == "int4" else OPSET

@@ -167,6 +167,8 @@ class Own:
     def whose(self, value: Any) -> str | None:
         """None for a weight that may be rounded, else what it is."""
         router = self._router.get(value.name)
+        if router is None:  # a unit's slice of packed weights (branches.py)
+            router = self._router.get(value.name.rpartition("_")[0])
         if router is None:
             router = self._like(value.const_value.size).get(_numbers(value.const_value.numpy()))
         if router is None:
