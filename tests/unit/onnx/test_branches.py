@@ -54,6 +54,44 @@ def test_weights_are_there_once(exported: tuple[Any, Path]) -> None:
     assert stored < 1.02 * sum(p.numel() for p in model.parameters()) + 2000
 
 
+def test_onnxs_own_evaluator_agrees(exported: tuple[Any, Path]) -> None:
+    """Empty rows are of the standard: its reference implementation takes them."""
+    reference = pytest.importorskip("onnx.reference")
+    model, place = exported
+    flat = [t[:1, :1] for t in model.example]
+    (name,) = parity.input_names(model.call_spec)
+    (found,) = reference.ReferenceEvaluator(str(place)).run(None, {name: flat[0].numpy()})[:1]
+    with torch.no_grad():
+        expected = model.graph(*flat)[0].numpy()
+    assert abs(found - expected).max() <= 1e-4 * abs(expected).max()
+
+
+def test_dead_experts_are_not_read(exported: tuple[Any, Path], tmp_path: Path) -> None:
+    """With NaN for weights, an expert that no token uses changes nothing."""
+    model, place = exported
+    flat = [t[:1, :1].clone() if t.dim() == 2 else t[:1] for t in model.example]
+    with torch.no_grad():
+        expected = model.graph(*flat)[0]
+        router = next(m for m in model.modules() if type(m).__name__ == "Router")
+    file = ir.load(place)
+    poisoned = 0
+    names = sorted(v for v in file.graph.initializers if re.search(r"\.experts_down_\d$", v))
+    assert len(names) == 2 * ALONE and router.units == EXPERTS and router.shared == SHARED
+    for name in names:
+        value = file.graph.initializers[name]
+        kept = value.const_value
+        value.const_value = ir.tensor(kept.numpy() * float("nan"), name=name)
+        ir.save(file, tmp_path / "one.onnx")
+        value.const_value = kept
+        found = parity.run(
+            parity.session(tmp_path / "one.onnx"), parity.input_names(model.call_spec), flat
+        )[0]
+        if torch.isfinite(found).all():
+            poisoned += 1
+            assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    assert poisoned == EXPERTS  # half of the experts of both layers, shared ones not among them
+
+
 def test_weights_in_four_bits_of_every_expert(
     exported: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
