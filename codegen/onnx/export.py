@@ -127,10 +127,10 @@ def export(
             "target": target, "opset": opset, "external_data": external_data, "routing": routing,
             "tokens": tokens, "weights": weights, "check": check, "progress": progress,
         }  # fmt: skip
-        made: Exported = client_files.in_folder(
+        served: Exported = client_files.in_folder(
             model, path, force, lambda file: export(model, file, **options)
         )
-        return made
+        return served
     place = Path(path)
     routing = targets.routing(target, routing)
     precision = weights or _precision(model)

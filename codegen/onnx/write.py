@@ -133,7 +133,7 @@ def _options(model: Any, path: Path, external: bool | None) -> dict[str, Any]:
     if external is False:
         raise OutputError(
             f"{path} cannot hold its weights",
-            why=f"a single ONNX file holds 2 GiB at most, the weights are {size / 2**30:.1f} GiB",
+            why=f"a single ONNX file holds 2 GiB at most, the weights are {size / 2**30:.2f} GiB",
             help="write the weights into a file of their own (external_data=True)",
         )
     return {"external_data": _data(path).name, "size_threshold_bytes": SMALL}

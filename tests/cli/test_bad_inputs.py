@@ -400,20 +400,21 @@ def test_there_are_enough_rows() -> None:
 def test_export_onto_a_full_disk(
     folder: Path, output: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A disk of one page, for real."""
+    """A disk of one page, which is taken, for real."""
     saved(folder)
     (folder / "small").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", "small"]
     if subprocess.run(mount, cwd=folder, capture_output=True, check=False).returncode:
         pytest.skip("this machine mounts nothing")
     try:
+        (folder / "small" / "page").write_bytes(b"x" * 4096)
         capsys.readouterr()
         code = main(["export", "saved", output])
-        left = list((folder / "small").iterdir())
+        left = [path.name for path in (folder / "small").iterdir()]
     finally:
         subprocess.run(["umount", "small"], cwd=folder, check=True)
     out, err = capsys.readouterr()
-    assert (code, out, left) == (2, "", [])
+    assert (code, out, left) == (2, "", ["page"])
     assert err.splitlines()[0].startswith(f"error: cannot write {output.rstrip('/')}")
     assert "No space left on device" in err and "Traceback" not in err
 
