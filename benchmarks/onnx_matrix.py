@@ -25,7 +25,7 @@ HEAD = """# Portable ONNX: every pass on every model of the zoo
 Half of the units active. Numbers: the largest error of any output in any case (example, one
 sample; language models: prefill, a batch, left padding, decoding with a cache), ONNX Runtime
 against eager, relative to the output's scale, float32; allowed is 1e-4. `–`: the pass refuses every
-region of the model, as `sparsify compile` says. Empty: not measured. Made by
+region of the model, as `sparsify compile` says; why, see below. Empty: not measured. Made by
 `python benchmarks/onnx_matrix.py`.
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
     from sparsify import registry, zoo
 
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    asked.add_argument("--models", default=",".join(n for n in zoo.names() if n != "conv"))
+    asked.add_argument("--models", default=",".join(zoo.names()))
     asked.add_argument("--passes", default=",".join(registry.names()))
     asked.add_argument("--again", action="store_true")
     given = asked.parse_args()
@@ -112,7 +112,17 @@ def table(cells: dict[str, Any]) -> str:
         lines.append(f"| `{work}` | " + " | ".join(row) + " |")
     if refused:
         lines += ["", "Refused:", "", *refused]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "Left dense by the pass:", "", *left(cells)]) + "\n"
+
+
+def left(cells: dict[str, Any]) -> list[str]:
+    """A line per pass and reason."""
+    by: dict[tuple[str, str], list[str]] = {}
+    for key, found in sorted(cells.items()):
+        name, work = key.split(" ")
+        if "left" in found:
+            by.setdefault((work, found["left"]), []).append(name)
+    return [f"* `{work}`: {why} ({', '.join(names)})" for (work, why), names in sorted(by.items())]
 
 
 if __name__ == "__main__":

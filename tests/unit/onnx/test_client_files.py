@@ -27,7 +27,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is traced and translated once for all tests."""
     monkeypatch.setattr(trace, "traced", lambda graph, model: None)
     monkeypatch.setattr(
-        translate, "translated", lambda program, call, opset: llama_translated(opset)
+        translate, "translated", lambda program, call, opset, *target: llama_translated(opset)
     )
 
 

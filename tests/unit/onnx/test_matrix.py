@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sparsify import registry
-from tests.contract.zoo_captures import MODELS, captured
+from sparsify import registry, zoo
+from tests.contract.zoo_captures import captured
 
 pytest.importorskip("onnxruntime")
 
@@ -23,9 +23,8 @@ def matrix(bench: Callable[[str], Any]) -> Any:
 def test_the_page_is_what_was_measured(matrix: Any) -> None:
     cells = json.loads(matrix.RESULTS.read_text())
     assert matrix.TABLE.read_text() == matrix.table(cells)
-    for key, cell in cells.items():
-        name, work = key.split(" ")
-        assert name in MODELS and work in registry.names()
+    assert set(cells) == {f"{n} {work}" for n in zoo.names() for work in registry.names()}
+    for cell in cells.values():
         assert cell.get("left") or cell.get("refused") or cell["error"] <= 1e-4
 
 

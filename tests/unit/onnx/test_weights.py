@@ -25,7 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "LEAST", 64)
     monkeypatch.setattr(exporting.trace, "traced", lambda graph, model: None)
     monkeypatch.setattr(
-        translate, "translated", lambda program, call, opset: llama_translated(opset)
+        translate, "translated", lambda program, call, opset, *target: llama_translated(opset)
     )
 
 
