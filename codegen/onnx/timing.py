@@ -60,7 +60,7 @@ def sessions(
     copies = min(-(-BUFFER // size), MOST)
     files = {way: _file(ffn, way, folder / way) for way in ways}
     return {
-        way: [parity.session(file, threads=threads) for _ in range(copies)]
+        way: [parity.session(file, threads=threads, spin=False) for _ in range(copies)]
         for way, file in files.items()
     }
 
