@@ -25,7 +25,7 @@ PIPELINES = "hidden-route{skip=*.attention*}"  # feed-forward layers only
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = common.options(__doc__, "embeddings.json", 16_384)
+    options = common.options(__doc__, "embeddings.json", 25_600)
     options.set_defaults(active="1,0.74,0.49")
     options.add_argument("--pipelines", default=PIPELINES, help="separated by |")
     options.add_argument("--kinds", default="docstrings,reference", help="texts to measure on")

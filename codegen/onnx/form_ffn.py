@@ -45,7 +45,8 @@ def ways(ffn: RoutedFFN, asked: str) -> str:
 def _unlike(ffn: RoutedFFN) -> bool:
     """Whether ONNX Runtime's MoE computes something else."""
     mix = getattr(ffn.router, "mix", None)
-    below_zero = mix is not None and not 0 <= float(mix) <= 1  # it has no weights below zero
+    # it has no weights below zero
+    below_zero = mix is not None and not 0 <= float(mix.detach()) <= 1
     return below_zero or moe.activation_of(ffn.activation) is None
 
 

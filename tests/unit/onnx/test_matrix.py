@@ -31,7 +31,7 @@ def test_the_page_is_what_was_measured(matrix: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "work"),
     [
-        ("nanogpt", "hidden-route"),
+        pytest.param("nanogpt", "hidden-route", marks=pytest.mark.slow),
         ("nanogpt", "depth-mod"),
         pytest.param("llama", "depth-mor", marks=pytest.mark.slow),
         pytest.param("llama", "attn-moba", marks=pytest.mark.slow),

@@ -23,7 +23,7 @@ reference = pytest.importorskip("onnx.reference")
     "pipeline",
     [
         "hidden-route",
-        "depth-mod",
+        pytest.param("depth-mod", marks=pytest.mark.slow),
         pytest.param("ffn-moe{experts=4}", marks=pytest.mark.slow),
         pytest.param("attn-moh", marks=pytest.mark.slow),
     ],

@@ -104,9 +104,8 @@ def test_without_a_check_nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert found.cases == () and found.weights.stored["int4"] == 15
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_models_keep_their_weights_and_compute_in_float32(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
