@@ -146,7 +146,7 @@ def export(
     model = _in_float32(model)
     tell = _teller(progress)
     tell()
-    coded = precision in targets.CODES
+    coded = precision in targets.BITS
     with choice.chosen(model, target, routing, tokens, moe=not coded) as how:
         return _export(
             model, place, how, tell, target=target, version=version, routing=routing,
@@ -186,7 +186,7 @@ def _export(
     tell()
     with write.writing(made, place, external=external_data, force=force) as file:
         tell()
-        cases = proof.of(model, file) if proof else parity.compare(model, file) if check else ()
+        cases = proof.of(file) if proof else parity.compare(model, file) if check else ()
         _hold(cases, model)
     tell()
     operators: dict[str, int] = {}

@@ -108,39 +108,46 @@ Outputs = list[Tensor]
 
 def compare(model: SparseModel, path: Path) -> tuple[Case, ...]:
     """Every case of :func:`cases` on the file and in eager."""
-    return between(model, outputs_of(model, path), eager(model))
+    trials = Trials(model)
+    return trials.between(trials.outputs_of(path), trials.eager)
 
 
-def eager(model: SparseModel) -> list[Outputs]:
-    """The model's own outputs, case by case."""
-    with torch.no_grad():
-        return [counted(model, flat, model.graph(*flat)) for _, flat in cases(model)]
+class Trials:
+    """What a model and files made of it give on the cases of :func:`cases`.
 
+    Attributes:
+        cases: name and flat inputs; eager: the model's own outputs, case by case.
+    """
 
-def outputs_of(model: SparseModel, path: Path, *, float32: bool = False) -> list[Outputs]:
-    """A file's outputs, case by case; see :func:`session`."""
-    running, names = session(path, float32=float32), input_names(model.call_spec)
-    return [counted(model, flat, run(running, names, flat)) for _, flat in cases(model)]
+    def __init__(self, model: SparseModel) -> None:
+        self.model, self.cases = model, cases(model)
+        with torch.no_grad():
+            self.eager = [counted(model, flat, model.graph(*flat)) for _, flat in self.cases]
 
+    def outputs_of(self, path: Path, *, float32: bool = False) -> list[Outputs]:
+        """A file's outputs, case by case; see :func:`session`."""
+        model, running = self.model, session(path, float32=float32)
+        names = input_names(model.call_spec)
+        return [counted(model, flat, run(running, names, flat)) for _, flat in self.cases]
 
-def between(
-    model: SparseModel,
-    found: Sequence[Outputs],
-    expected: Sequence[Outputs],
-    against: str = "model",
-    *,
-    held: bool = True,
-) -> tuple[Case, ...]:
-    """One case for each of :func:`cases`."""
-    made = []
-    for (name, _), mine, others in zip(cases(model), found, expected, strict=True):
-        pairs = [error_between(a, b) for a, b in zip(mine, others, strict=True)]
-        error, scale = max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
-        same = None
-        if isinstance(model.call_spec, CausalCall) and others[0].numel():
-            same = float((mine[0].argmax(-1) == others[0].argmax(-1)).double().mean())
-        made.append(Case(name, error, scale, same, against, held))
-    return tuple(made)
+    def between(
+        self,
+        found: Sequence[Outputs],
+        expected: Sequence[Outputs],
+        against: str = "model",
+        *,
+        held: bool = True,
+    ) -> tuple[Case, ...]:
+        """One case for each of :attr:`cases`."""
+        made = []
+        for (name, _), mine, others in zip(self.cases, found, expected, strict=True):
+            pairs = [error_between(a, b) for a, b in zip(mine, others, strict=True)]
+            error, scale = max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
+            same = None
+            if isinstance(self.model.call_spec, CausalCall) and others[0].numel():
+                same = float((mine[0].argmax(-1) == others[0].argmax(-1)).double().mean())
+            made.append(Case(name, error, scale, same, against, held))
+        return tuple(made)
 
 
 def run(running: Any, names: Sequence[str], flat: Sequence[Tensor]) -> list[Tensor]:

@@ -18,7 +18,8 @@ from torch import nn
 
 from sparsify.codegen.onnx import parity
 from sparsify.codegen.onnx.codes_in_graph import put_codes
-from sparsify.codegen.onnx.weights import BITS, Weights, planned, put_values
+from sparsify.codegen.onnx.targets import BITS
+from sparsify.codegen.onnx.weights import Weights, planned, put_values
 from sparsify.codegen.onnx.write import aside
 from sparsify.runtime.model import SparseModel
 
@@ -32,29 +33,30 @@ class Proof:
     """What is known before the codes are in the graph.
 
     Attributes:
-        cases: the float32 graph against the model.
+        trials: the model's cases; cases: the float32 graph against the model.
         expected: outputs with the values of the codes; None where the graph was off already.
     """
 
     precision: str
+    trials: parity.Trials
     cases: tuple[parity.Case, ...]
     expected: list[parity.Outputs] | None
 
-    def of(self, model: SparseModel, file: Path) -> tuple[parity.Case, ...]:
+    def of(self, file: Path) -> tuple[parity.Case, ...]:
         """All cases, with those of the written file."""
         if self.expected is None:
             return self.cases
-        own = parity.eager(model)
-        exact = parity.outputs_of(model, file, float32=True)
+        trials = self.trials
+        exact = trials.outputs_of(file, float32=True)
         cases = (
             *self.cases,
-            *parity.between(model, exact, self.expected, SAME),
-            *parity.between(model, exact, own, COSTS, held=False),
+            *trials.between(exact, self.expected, SAME),
+            *trials.between(exact, trials.eager, COSTS, held=False),
         )
         if self.precision not in BITS:
             return cases
-        fast = parity.outputs_of(model, file)
-        return (*cases, *parity.between(model, fast, own, FAST, held=False))
+        fast = trials.outputs_of(file)
+        return (*cases, *trials.between(fast, trials.eager, FAST, held=False))
 
 
 def rounded(
@@ -72,12 +74,13 @@ def rounded(
     plans, weights = planned(made, precision, graph)
     proof = None
     if check:
+        trials = parity.Trials(model)
         with aside(made, place) as plain:
-            cases = parity.compare(model, plain)
-        proof = Proof(precision, cases, None)
+            cases = trials.between(trials.outputs_of(plain), trials.eager)
+        proof = Proof(precision, trials, cases, None)
         if all(case.ok for case in cases):
             put_values(plans)
             with aside(made, place) as plain:
-                proof = Proof(precision, cases, parity.outputs_of(model, plain))
+                proof = dataclasses.replace(proof, expected=trials.outputs_of(plain))
     put_codes(made, plans)
     return weights, proof

@@ -13,7 +13,7 @@ TARGETS = tuple(DOMAINS)
 # that use them; as ONNX Runtime's MoE; the fastest by measurement, or none where dense is faster
 ROUTING = ("mask", "branch", "moe", "auto")
 WEIGHTS = ("float32", "float16", "bfloat16", "int8", "int4")  # how matrices are stored
-CODES = ("int8", "int4")  # of those
+BITS = {"int8": 8, "int4": 4}  # of those that are codes
 OPSET = 20  # default: what ONNX Runtime 1.17 and later read
 # 23 brings Attention, RMSNormalization and RotaryEmbedding, which ONNX Runtime 1.32 does not fuse
 # from their parts: decoding and prefill are faster by a tenth and more (kv_heads.py)
@@ -43,7 +43,7 @@ def check(target: str, routing: str, opset: int | None, weights: str = "float32"
             why="the MoE operator is ONNX Runtime's own",
             help="target='ort', or routing='branch'",
         )
-    if routing == "moe" and weights in CODES:
+    if routing == "moe" and weights in BITS:
         raise BadInput(
             f"routing 'moe' has no weights in {weights}",
             why="ONNX Runtime's MoE reads floats",

@@ -26,11 +26,11 @@ from torch import nn
 
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.rounding import Rounded, rounded
+from sparsify.codegen.onnx.targets import BITS
 from sparsify.codegen.onnx.views import Use, unviewed, uses_of, viewed
 from sparsify.runtime.budget import Budgeted
 
 LEAST = 1 << 10  # numbers of a matrix worth rounding
-BITS = {"int8": 8, "int4": 4}
 
 
 @dataclasses.dataclass(frozen=True)
