@@ -18,22 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ffn_backends import SILU
 
 from sparsify.codegen.onnx import timing
 from sparsify.runtime.ffn import RoutedFFN
-from sparsify.runtime.program import Program, Ref, Step
 from sparsify.runtime.router import Router
 
 RESULTS = Path(__file__).parent / "results" / "onnx-ffn.json"
 WAYS = ("dense", "mask", "branch", "moe")
-SILU = Program(
-    ("up", "gate"),
-    (
-        Step("open", "aten.silu.default", (Ref("gate"),)),
-        Step("h", "aten.mul.Tensor", (Ref("open"), Ref("up"))),
-    ),
-    "h",
-)
 
 
 def main() -> None:

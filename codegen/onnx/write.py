@@ -25,7 +25,10 @@ def check_place(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path} is a folder", help="name a file, such as model.onnx")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already", help="choose another name, or force it")
-    parent = path.parent
+    _check_parent(path, path.parent)
+
+
+def _check_parent(path: Path, parent: Path) -> None:
     if not parent.is_dir():
         why = "is not a folder" if parent.exists() else "is not there"
         raise OutputError(f"cannot write {path}", why=f"the folder {parent} {why}")
@@ -41,13 +44,9 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 def check_folder(folder: Path, *, force: bool) -> None:
     """OutputError where ``folder`` is taken or plainly cannot be written."""
-    parent = folder.absolute().parent
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file", help="name a folder, or leave the slash out")
-    if not parent.is_dir():
-        raise OutputError(f"cannot write {folder}", why=f"the folder {parent} is not there")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {folder}", why=f"the folder {parent} is not writable")
+    _check_parent(folder, folder.absolute().parent)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not force:
