@@ -118,10 +118,14 @@ class Router(Budgeted):
 
     def select(self, x: Tensor, scores: Tensor | None = None) -> Selection:
         """x (..., D) -> the selection among the routed units."""
+        scores = self.scores(x) if scores is None else scores
+        scores = self.selector.perturbed(scores, self.training)
+        extra = self.extra_scores(x)
         return select(
             self.selector,
-            self.scores(x) if scores is None else scores,
-            self.cut(self.extra_scores(x)),
+            scores,
+            self.cut(extra),
+            self.live(scores, extra),
             shared=self.shared,
             correction=self.correction,
             mix=1.0 if self.mix is None else self.mix,

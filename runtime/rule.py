@@ -187,6 +187,7 @@ def select(
     rule: RoutingRule,
     scores: Tensor,
     cut: Cut,
+    live: Tensor | None = None,
     *,
     shared: int = 0,
     correction: Tensor | None = None,
@@ -196,12 +197,14 @@ def select(
 
     Args:
         scores: (..., R) of the routed units.
+        live: (..., R) bool, the live units where they are known, the rule's noise in the scores.
         shared: units that are always live, for rules that weigh them.
         correction: (R,) added to the keys, for rules that balance so.
         mix: how far the weights ``scaled`` are the paper's.
     """
-    scores = rule.perturbed(scores, cut.training)
-    live = mask_of(rule, scores, cut, correction)
+    if live is None:
+        scores = rule.perturbed(scores, cut.training)
+        live = mask_of(rule, scores, cut, correction)
     both = None if rule.weights == "one" else rule.of_shared(cut, shared)
     if rule.weights == "paper":
         weights = rule.shares(scores, live, cut)

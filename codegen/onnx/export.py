@@ -21,6 +21,7 @@ from sparsify.codegen.onnx import (
     translate,
     write,
 )
+from sparsify.codegen.onnx.case import RELATIVE, Case
 from sparsify.codegen.onnx.needs import EXTRA, need
 from sparsify.codegen.onnx.weights import Weights
 from sparsify.core import Remark
@@ -51,7 +52,7 @@ class Exported:
     active: dict[str, float]
     forms: dict[str, int]
     operators: dict[str, int]
-    cases: tuple[parity.Case, ...]
+    cases: tuple[Case, ...]
     weights: Weights
     choices: tuple[choice.Choice, ...] = ()
     beside: tuple[str, ...] = ()
@@ -98,7 +99,7 @@ class Exported:
             lines.append(f"  {self.weights.text()}")
         return "\n".join([*lines, *(f"  {case.text()}" for case in self._shown())])
 
-    def _shown(self) -> list[parity.Case]:
+    def _shown(self) -> list[Case]:
         """All against the model; of what else the file is held against the worst."""
         shown = [case for case in self.cases if case.against == "model"]
         for against in dict.fromkeys(case.against for case in self.cases if case not in shown):
@@ -186,7 +187,7 @@ def _export(
     tell()
     with write.writing(made, place, external=external_data, force=force) as file:
         tell()
-        cases = proof.of(file) if proof else parity.compare(model, file) if check else ()
+        cases = proof.of(file) if proof else parity.compare(model, graph, file) if check else ()
         _hold(cases, model)
     tell()
     operators: dict[str, int] = {}
@@ -229,7 +230,7 @@ def _teller(progress: Progress | None) -> Callable[[], None]:
     return tell
 
 
-def _hold(cases: tuple[parity.Case, ...], model: SparseModel) -> None:
+def _hold(cases: tuple[Case, ...], model: SparseModel) -> None:
     """ParityFailed where a case is off."""
     if all(case.ok for case in cases):
         return
@@ -237,7 +238,7 @@ def _hold(cases: tuple[parity.Case, ...], model: SparseModel) -> None:
     other = "the model" if worst.against == "model" else "float32 with the same weights"
     raise ParityFailed(
         f"the exported {model.call_spec.model} differs from {other}, so it was not kept",
-        why=f"{worst.name}: relative error {worst.relative:.1e}, allowed {parity.RELATIVE:.0e}",
+        why=f"{worst.name}: relative error {worst.relative:.1e}, allowed {RELATIVE:.0e}",
         where="\n".join(case.text() for case in cases),
         help="check=False (--no-check) keeps the file",
     )

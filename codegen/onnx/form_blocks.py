@@ -66,11 +66,14 @@ class BlockForm(BlockAttend):
             sums, counts = inside.T @ (wide * seen), inside.T @ seen
         scores = q @ (sums / counts.clamp(min=1)).transpose(2, 3)
         among = visible if self.ordered else visible & real
-        live = select(
-            scores, among, mine & among, self.budget.active, self.selection,
-            together=not self.ordered,
-        )  # fmt: skip
+        live = self.live_blocks(scores, among, mine & among)
         return ((live | mine).to(q.dtype) @ inside.T) > 0
+
+    def live_blocks(self, scores: Tensor, visible: Tensor, own: Tensor) -> Tensor:
+        """bool (B, H, T, N); see :func:`sparsify.runtime.key_blocks.select`."""
+        return select(
+            scores, visible, own, self.budget.active, self.selection, together=not self.ordered
+        )
 
     def _inside(self, block_of: Tensor, keys: int) -> Tensor:
         """bool (S, N): the block that each key lies in."""

@@ -47,5 +47,8 @@ class DepthChoiceForm(DepthChoice):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> select (B, T, steps - 1), 0 where dead; live steps come first."""
-        scores = self.scores(x)
-        return (scores > self.limits.to(scores.dtype)).to(x.dtype)
+        return self.live(self.scores(x)).to(x.dtype)
+
+    def live(self, scores: Tensor, extra: Tensor | None = None) -> Tensor:
+        """scores (B, T, 1) -> bool (B, T, steps - 1)."""
+        return scores > self.limits.to(scores.dtype)

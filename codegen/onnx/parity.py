@@ -1,4 +1,9 @@
-"""Whether the file computes what the model computes: ONNX Runtime against eager, case by case."""
+"""Whether the file computes what the model computes: ONNX Runtime against eager, case by case.
+
+Outputs are compared, and selections (:mod:`sparsify.codegen.onnx.selections`). Where these differ,
+the outputs may: then the file is held against the model with the file's selections, and each that
+differs has to be a tie.
+"""
 
 from __future__ import annotations
 
@@ -10,55 +15,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from sparsify.codegen.onnx import selections
+from sparsify.codegen.onnx.case import RELATIVE, Agreement, Case, relative
 from sparsify.codegen.onnx.names import input_names
 from sparsify.codegen.onnx.needs import need
+from sparsify.codegen.onnx.trial_calls import cases, counted, without_padding
 from sparsify.evidence import error_between
 from sparsify.runtime.calling import CausalCall
 from sparsify.runtime.model import SparseModel
 
-RELATIVE = 1e-4  # of the largest output, in float32
+Outputs = list[Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call.
-
-    Attributes:
-        name: example, prefill, decode, ...
-        error: largest absolute difference of any output; scale: largest absolute value of that one.
-        same: share of positions whose likeliest token is the same (causal models), else None.
-        against: what the file is held against, where that is not the model itself; held: whether
-            :data:`RELATIVE` is asked of it, or it is told only (what rounded weights cost).
-    """
-
-    name: str
-    error: float
-    scale: float
-    same: float | None = None
-    against: str = "model"
-    held: bool = True
-
-    @property
-    def relative(self) -> float:
-        """Of the output's scale."""
-        return self.error / max(self.scale, 1e-30)
-
-    @property
-    def ok(self) -> bool:
-        """Within :data:`RELATIVE`, where that is asked."""
-        return not self.held or self.relative <= RELATIVE
-
-    def text(self) -> str:
-        """One line."""
-        agree = "" if self.same is None else f", same token {self.same:.1%}"
-        word = ("ok " if self.ok else "BAD") if self.held else "   "
-        beside = "" if self.against == "model" else f" ({self.against})"
-        return f"{word} {self.name:<13} relative error {self.relative:.1e}{agree}{beside}"
-
-
-def session(path: Path, *, threads: int = 1, float32: bool = False, spin: bool = True) -> Any:
+def session(
+    path: Path,
+    *,
+    threads: int = 1,
+    float32: bool = False,
+    spin: bool = True,
+    watched: bool = False,
+) -> Any:
     """An ONNX Runtime session on the CPU.
 
     Args:
@@ -66,6 +44,7 @@ def session(path: Path, *, threads: int = 1, float32: bool = False, spin: bool =
             Runtime rounds their inputs to 8 bits, which is faster.
         spin: its threads wait for work awake, a while, as they do by default; sessions that take
             turns would take cores from each other so.
+        watched: its selections are outputs too, after the file's own.
     """
     (ort,) = need("onnxruntime")
     options = ort.SessionOptions()
@@ -75,7 +54,12 @@ def session(path: Path, *, threads: int = 1, float32: bool = False, spin: bool =
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if float32:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    file: str | bytes = str(path)
+    if watched:
+        file = selections.with_outputs(path)
+        place = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(place, str(path.parent))
+    return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def greedy(running: Any, ids: Any, count: int) -> tuple[list[int], list[float]]:
@@ -103,24 +87,26 @@ def greedy(running: Any, ids: Any, count: int) -> tuple[list[int], list[float]]:
     return found, spent
 
 
-Outputs = list[Tensor]
-
-
-def compare(model: SparseModel, path: Path) -> tuple[Case, ...]:
-    """Every case of :func:`cases` on the file and in eager."""
-    trials = Trials(model)
-    return trials.between(trials.outputs_of(path), trials.eager)
+def compare(model: SparseModel, graph: fx.GraphModule, path: Path) -> tuple[Case, ...]:
+    """Every case of :func:`cases` on the file and in eager; see :class:`Trials`."""
+    trials = Trials(model, graph)
+    found = trials.between(trials.outputs_of(path), trials.eager)
+    return trials.with_selections(found, path)
 
 
 class Trials:
     """What a model and files made of it give on the cases of :func:`cases`.
 
+    Args:
+        graph: of :func:`sparsify.codegen.onnx.trace.formed`, what the files were traced from.
+
     Attributes:
         cases: name and flat inputs; eager: the model's own outputs, case by case.
     """
 
-    def __init__(self, model: SparseModel) -> None:
-        self.model, self.cases = model, cases(model)
+    def __init__(self, model: SparseModel, graph: fx.GraphModule) -> None:
+        self.model, self.graph, self.cases = model, graph, cases(model)
+        self._own: list[selections.Masks] = []
         with torch.no_grad():
             self.eager = [counted(model, flat, model.graph(*flat)) for _, flat in self.cases]
 
@@ -129,6 +115,52 @@ class Trials:
         model, running = self.model, session(path, float32=float32)
         names = input_names(model.call_spec)
         return [counted(model, flat, run(running, names, flat)) for _, flat in self.cases]
+
+    def with_selections(
+        self, found: Sequence[Case], path: Path, *, float32: bool = False
+    ) -> tuple[Case, ...]:
+        """The cases with how the file's selections agree with those of the forms in torch."""
+        running = session(path, float32=float32, watched=True)
+        files = [value.name for value in running.get_outputs()]
+        names, made = input_names(self.model.call_spec), []
+        for case, (_, flat), own in zip(found, self.cases, self._selected(), strict=True):
+            given = dict(zip(files, run(running, names, flat), strict=True))
+            agreed = self._agreed(flat, own, given, judged=case.held)
+            made.append(dataclasses.replace(case, selection=agreed))
+        return tuple(made)
+
+    def _selected(self) -> list[selections.Masks]:
+        """Of the forms in torch, case by case."""
+        if not self._own:
+            for _, flat in self.cases:
+                with torch.no_grad(), selections.recorded(self.graph) as own:
+                    self.graph.forward(*flat)
+                self._own.append(own.masks)
+        return self._own
+
+    def _agreed(
+        self,
+        flat: Sequence[Tensor],
+        own: selections.Masks,
+        given: selections.Masks,
+        *,
+        judged: bool,
+    ) -> Agreement | None:
+        """``given``: all outputs of a watched session, by name, the file's own first."""
+
+        def real(mask: Tensor) -> Tensor:
+            return without_padding(self.model, flat, mask)
+
+        both = [(real(mask), real(given[name])) for name, mask in own.items() if name in given]
+        decisions = sum(mine.numel() for mine, _ in both)
+        differ = sum(int((mine != files).sum()) for mine, files in both)
+        if not differ or not judged:
+            return Agreement(decisions, differ) if decisions else None
+        with torch.no_grad(), selections.recorded(self.graph, given, real, RELATIVE) as again:
+            mine = counted(self.model, flat, self.graph.forward(*flat))
+        files = counted(self.model, flat, list(given.values())[: len(mine)])
+        error, scale = _worst(files, mine)
+        return Agreement(decisions, differ, tuple(again.untied), relative(error, scale))
 
     def between(
         self,
@@ -141,13 +173,18 @@ class Trials:
         """One case for each of :attr:`cases`."""
         made = []
         for (name, _), mine, others in zip(self.cases, found, expected, strict=True):
-            pairs = [error_between(a, b) for a, b in zip(mine, others, strict=True)]
-            error, scale = max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
+            error, scale = _worst(mine, others)
             same = None
             if isinstance(self.model.call_spec, CausalCall) and others[0].numel():
                 same = float((mine[0].argmax(-1) == others[0].argmax(-1)).double().mean())
-            made.append(Case(name, error, scale, same, against, held))
+            made.append(Case(name, error, scale, same, against=against, held=held))
         return tuple(made)
+
+
+def _worst(found: Outputs, expected: Outputs) -> tuple[float, float]:
+    """(largest absolute difference, largest absolute value) of the output that is the most off."""
+    pairs = [error_between(a, b) for a, b in zip(found, expected, strict=True)]
+    return max(pairs, key=lambda pair: relative(*pair))
 
 
 def run(running: Any, names: Sequence[str], flat: Sequence[Tensor]) -> list[Tensor]:
@@ -163,53 +200,3 @@ def feed(running: Any, names: Sequence[str], flat: Sequence[Tensor]) -> dict[str
         for name, tensor in zip(names, flat, strict=True)
         if name in known
     }
-
-
-def counted(model: SparseModel, flat: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs without what nobody reads: a language model's at padding.
-
-    A query at padding sees no key, and what attention gives then is each implementation's own.
-    """
-    call = model.call_spec
-    if not isinstance(call, CausalCall) or not call.masked:
-        return list(outputs)
-    real = flat[1].bool()
-    logits, *cache = outputs
-    tokens = real[:, real.shape[1] - logits.shape[1] :]
-    return [logits[tokens], *(entry.movedim(2, 1)[real] for entry in cache)]
-
-
-def cases(model: SparseModel) -> list[tuple[str, list[Tensor]]]:
-    """(name, flat inputs): the example, and other sizes where the graph is open."""
-    call = model.call_spec
-    found = [("example", list(model.example))]
-    free = bool(call.slots) and all(size is None for size in call.slots[0].shape)
-    if not isinstance(call, CausalCall):
-        batch = model.example[0].shape[0] if model.example and model.example[0].dim() else 0
-        open_batch = [bool(s.shape) and s.shape[0] is None for s in call.slots]
-        same = [t.dim() > 0 and t.shape[0] == batch for t in model.example]
-        if batch > 1 and open_batch and all(o == s for o, s in zip(open_batch, same, strict=True)):
-            found.append(("one sample", [t[:1] for t in model.example]))
-        return found
-    if not free:
-        return found
-    ids = _ids(call, batch=3, tokens=9)
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    dtype = model.dtype
-    found.append(("prefill", call.inputs(ids[:1], dtype=dtype)))
-    found.append(("batch", call.inputs(ids, dtype=dtype)))
-    if call.masked:
-        found.append(("left padding", call.inputs(ids, mask, dtype=dtype)))
-    if call.layers:
-        with torch.no_grad():
-            _, *cache = model.graph(*call.inputs(ids, mask if call.masked else None, dtype=dtype))
-        past = list(zip(cache[::2], cache[1::2], strict=True))
-        longer = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1) if call.masked else None
-        found.append(("decode", call.inputs(ids[:, :1], longer, None, past)))
-    return found
-
-
-def _ids(call: CausalCall, batch: int, tokens: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, max(call.vocabulary - 1, 4), (batch, tokens), generator=generator)

@@ -14,9 +14,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import fx
 
 from sparsify.codegen.onnx import parity
+from sparsify.codegen.onnx.case import Case
 from sparsify.codegen.onnx.codes_in_graph import put_codes
 from sparsify.codegen.onnx.targets import BITS
 from sparsify.codegen.onnx.weights import Weights, planned, put_values
@@ -39,28 +40,35 @@ class Proof:
 
     precision: str
     trials: parity.Trials
-    cases: tuple[parity.Case, ...]
+    cases: tuple[Case, ...]
     expected: list[parity.Outputs] | None
 
-    def of(self, file: Path) -> tuple[parity.Case, ...]:
+    def of(self, file: Path) -> tuple[Case, ...]:
         """All cases, with those of the written file."""
         if self.expected is None:
             return self.cases
         trials = self.trials
         exact = trials.outputs_of(file, float32=True)
+        costs = trials.between(exact, trials.eager, COSTS, held=False)
         cases = (
             *self.cases,
             *trials.between(exact, self.expected, SAME),
-            *trials.between(exact, trials.eager, COSTS, held=False),
+            *trials.with_selections(costs, file, float32=True),
         )
         if self.precision not in BITS:
             return cases
-        fast = trials.outputs_of(file)
-        return (*cases, *trials.between(fast, trials.eager, FAST, held=False))
+        costs = trials.between(trials.outputs_of(file), trials.eager, FAST, held=False)
+        return (*cases, *trials.with_selections(costs, file))
 
 
 def rounded(
-    model: SparseModel, made: Any, precision: str, graph: nn.Module, place: Path, *, check: bool
+    model: SparseModel,
+    made: Any,
+    precision: str,
+    graph: fx.GraphModule,
+    place: Path,
+    *,
+    check: bool,
 ) -> tuple[Weights, Proof | None]:
     """Round the weights of an ``onnx_ir.Model``; the proof where ``check`` asks for it.
 
@@ -74,9 +82,10 @@ def rounded(
     plans, weights = planned(made, precision, graph)
     proof = None
     if check:
-        trials = parity.Trials(model)
+        trials = parity.Trials(model, graph)
         with aside(made, place) as plain:
             cases = trials.between(trials.outputs_of(plain), trials.eager)
+            cases = trials.with_selections(cases, plain)
         proof = Proof(precision, trials, cases, None)
         if all(case.ok for case in cases):
             put_values(plans)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsify.codegen.onnx import selections
 from sparsify.codegen.onnx.forms import Unformed, into_forms
 from sparsify.codegen.plan import working
 from sparsify.errors import NotExported
@@ -26,13 +27,15 @@ _NOISY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx",
 
 
 def traced(graph: fx.GraphModule, model: SparseModel) -> torch.export.ExportedProgram:
-    """The program of :func:`formed`'s graph, every size that ``model`` covers left open.
+    """The program of :func:`formed`'s graph, every size that ``model`` covers left open, its
+    selections marked.
 
     Raises:
         NotExported: torch.export cannot trace the forms.
     """
     try:
-        return _export(graph, model)
+        with selections.marked(graph):
+            return _export(graph, model)
     except Exception as error:  # torch.export raises anything
         raise NotExported(
             f"{model.call_spec.model} cannot be traced for export",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparsify.codegen.onnx import branches, kv_heads, names, targets
+from sparsify.codegen.onnx import branches, kv_heads, names, selections, targets
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.trace import first_line, silenced
 from sparsify.errors import NotExported
@@ -48,6 +48,7 @@ def translated(
             why=f"its operators have no form there; opset {model.opset_imports['']} works",
             help=f"opset={model.opset_imports['']}",
         )
+    selections.named(model)
     branches.gathered(model)
     kv_heads.unrepeated(model)
     _name_sizes(model, call)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsify.codegen.onnx.parity import cases, counted
 from sparsify.codegen.onnx.trace import formed
+from sparsify.codegen.onnx.trial_calls import cases, counted
 from sparsify.errors import BadInput
 from sparsify.evidence import error_between
 from sparsify.runtime.ffn import RoutedFFN

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sparsify.codegen.onnx import export as exporting
-from sparsify.codegen.onnx import parity, rounded, translate, weights
+from sparsify.codegen.onnx import parity, rounded, translate, trial_calls, weights
+from sparsify.codegen.onnx.case import Case
 from sparsify.errors import BadInput, ParityFailed
 from tests.unit.onnx.models import llama, llama_translated
 
@@ -48,7 +49,7 @@ def test_rounding_is_all_that_changes(
     assert found.weights.stored == stored
     assert found.weights.left["of routers"] == ROUTERS
     assert set(found.weights.left) == {"of routers", "small"}
-    groups: dict[str, list[parity.Case]] = {}
+    groups: dict[str, list[Case]] = {}
     for case in found.cases:
         groups.setdefault(case.against, []).append(case)
     told = [rounded.COSTS] + ([rounded.FAST] if precision.startswith("int") else [])
@@ -73,7 +74,7 @@ def test_the_standards_evaluator_reads_codes(tmp_path: Path) -> None:
     for precision in ("int8", "int4"):
         file = model.export(tmp_path / f"{precision}.onnx", weights=precision, check=False).files[0]
         names = parity.input_names(model.call_spec)
-        flat = parity.cases(model)[-1][1]  # decoding
+        flat = trial_calls.cases(model)[-1][1]  # decoding
         (expected, *_) = parity.run(parity.session(file, float32=True), names, flat)
         feed = {name: tensor.numpy() for name, tensor in zip(names, flat, strict=True)}
         (found,) = ReferenceEvaluator(str(file)).run(["logits"], feed)
@@ -115,7 +116,7 @@ def test_half_models_keep_their_weights_and_compute_in_float32(
     assert all(case.relative <= 1e-4 for case in found.cases)  # rounding costs nothing either
     assert model.dtype == dtype
     wide = copy.deepcopy(model).float()
-    flat = parity.cases(wide)[1][1]
+    flat = trial_calls.cases(wide)[1][1]
     names = parity.input_names(wide.call_spec)
     logits = parity.run(parity.session(found.files[0]), names, flat)[0]
     with torch.no_grad():
