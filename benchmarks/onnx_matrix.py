@@ -85,9 +85,12 @@ def cell(captured: Any, work: str) -> dict[str, Any]:
             except SparsifyError as error:
                 return {"refused": f"{error.what}: {error.why}"}
     worst = max(case.relative for case in found.cases)
+    agreed = [case.selection for case in found.cases if case.selection is not None]
     return {
         "error": float(f"{worst:.1e}"),
         "cases": len(found.cases),
+        "selections": sum(a.decisions for a in agreed),
+        "differ": sum(a.differ for a in agreed),
         "seconds": round(time.perf_counter() - start, 1),
     }
 
@@ -97,7 +100,13 @@ def table(cells: dict[str, Any]) -> str:
     keys = [key.split(" ") for key in cells]
     models = sorted({name for name, _ in keys})
     works = sorted({work for _, work in keys})
-    lines = [HEAD, "| pass | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    lines = [
+        HEAD,
+        selected(cells),
+        "",
+        "| pass | " + " | ".join(models) + " |",
+        "|---" * (len(models) + 1) + "|",
+    ]
     refused = []
     for work in works:
         row = []
@@ -113,6 +122,20 @@ def table(cells: dict[str, Any]) -> str:
     if refused:
         lines += ["", "Refused:", "", *refused]
     return "\n".join([*lines, "", "Left dense by the pass:", "", *left(cells)]) + "\n"
+
+
+def selected(cells: dict[str, Any]) -> str:
+    """How the files' selections agree with eager's."""
+    routed = {key: found for key, found in cells.items() if found.get("selections")}
+    total = sum(found["selections"] for found in routed.values())
+    differ = {key: found["differ"] for key, found in routed.items() if found["differ"]}
+    said = "all as in eager"
+    if differ:
+        said = "as in eager but for " + ", ".join(f"{n} of {key}" for key, n in differ.items())
+    return (
+        f"{len(routed)} of the files select per token (others have a fixed choice of units at this"
+        f" budget): {total:,} selections, each a unit live or not for a token, {said}."
+    )
 
 
 def left(cells: dict[str, Any]) -> list[str]:

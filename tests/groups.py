@@ -26,6 +26,8 @@ def group_of(nodeid: str) -> str:
     folder, _, module = path.rpartition("/")
     if folder.endswith("docs"):
         return nodeid
+    if folder.endswith("onnx"):
+        return folder  # one model, compiled and translated once
     if not folder.endswith("contract"):
         return path
     parameters = test.partition("[")[2].rstrip("]")

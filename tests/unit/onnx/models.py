@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from torch import Tensor
+
 import sparsify
-from sparsify.codegen.onnx import trace, translate
+from sparsify.codegen.onnx import parity, trace, translate
 from tests.contract.zoo_captures import captured
 
 _translated = translate.translated  # tests replace it
@@ -41,3 +47,19 @@ _traced = trace.traced
 def trace_of(model: Any) -> Any:
     """The exported program."""
     return _traced(trace.formed(model), model)
+
+
+def by_the_standard(file: Path, model: Any, flat: Sequence[Tensor]) -> Tensor:
+    """The file's first output in the standard's reference implementation: operators in numpy."""
+    reference = pytest.importorskip("onnx.reference")
+    names = parity.input_names(model.call_spec)
+    feed = {name: tensor.numpy() for name, tensor in zip(names, flat, strict=True)}
+    return torch.from_numpy(reference.ReferenceEvaluator(str(file)).run(None, feed)[0])
+
+
+def agrees_by_the_standard(file: Path, model: Any, flat: Sequence[Tensor]) -> bool:
+    """Whether that is what the model gives."""
+    with torch.no_grad():
+        expected = model.graph(*flat)[0]
+    found = by_the_standard(file, model, flat)
+    return float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())

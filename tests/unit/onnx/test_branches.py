@@ -13,6 +13,7 @@ import torch
 import sparsify
 from sparsify.codegen.onnx import parity, weights
 from tests.contract.zoo_captures import captured
+from tests.unit.onnx.models import agrees_by_the_standard
 
 ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
@@ -56,14 +57,8 @@ def test_weights_are_there_once(exported: tuple[Any, Path]) -> None:
 
 def test_onnxs_own_evaluator_agrees(exported: tuple[Any, Path]) -> None:
     """Empty rows are of the standard: its reference implementation takes them."""
-    reference = pytest.importorskip("onnx.reference")
     model, place = exported
-    flat = [t[:1, :1] for t in model.example]
-    (name,) = parity.input_names(model.call_spec)
-    (found,) = reference.ReferenceEvaluator(str(place)).run(None, {name: flat[0].numpy()})[:1]
-    with torch.no_grad():
-        expected = model.graph(*flat)[0].numpy()
-    assert abs(found - expected).max() <= 1e-4 * abs(expected).max()
+    assert agrees_by_the_standard(place, model, [t[:1, :1] for t in model.example])
 
 
 def test_dead_experts_are_not_read(exported: tuple[Any, Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from sparsify.core import Refused
 from sparsify.errors import NotExported, OutputError, ParityFailed
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.lora import LoRA
-from tests.unit.onnx.models import llama
+from tests.unit.onnx.models import agrees_by_the_standard, llama
 
 ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
@@ -74,15 +74,7 @@ def test_only_the_standard_and_nothing_twice(file: tuple[Path, Any]) -> None:
 
 
 def test_onnxs_own_evaluator_agrees(file: tuple[Path, Any]) -> None:
-    """The standard's reference implementation, operator by operator in numpy."""
-    reference = pytest.importorskip("onnx.reference")
-    flat = trial_calls.cases(llama())[1][1]
-    names = parity.input_names(llama().call_spec)
-    feed = {name: tensor.numpy() for name, tensor in zip(names, flat, strict=True)}
-    (logits,) = reference.ReferenceEvaluator(str(file[0])).run(["logits"], feed)
-    with torch.no_grad():
-        eager = llama().graph(*flat)[0].numpy()
-    assert np.abs(logits - eager).max() <= 1e-4 * np.abs(eager).max()
+    assert agrees_by_the_standard(file[0], llama(), trial_calls.cases(llama())[1][1])
 
 
 def test_generation_equals_eagers(file: tuple[Path, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsify.codegen.onnx import parity, selections, trace, translate
+from sparsify.codegen.onnx import parity, selections, trace
 from sparsify.codegen.onnx.case import RELATIVE, Agreement, Case
 from sparsify.codegen.onnx.selections import marked, recorded
 from sparsify.codegen.onnx.trial_calls import without_padding
@@ -28,12 +28,18 @@ def rivals() -> tuple[Any, Any, Any]:
     """zoo:llama with units of one router that score the same but for ``APART``; its forms; both
     as an ``onnx_ir.Model``."""
     model = copy.deepcopy(llama())
-    router = model.graph.get_submodule(ROUTER)
+    router, made = model.graph.get_submodule(ROUTER), llama_translated(20)
+    (weight,) = (  # the file holds it transposed
+        value for value in made.graph.initializers.values()
+        if np.array_equal(value.const_value.numpy(), router.weight.detach().numpy().T)
+    )  # fmt: skip
+    bias = made.graph.initializers[f"{ROUTER}.bias"]
     with torch.no_grad():
         router.weight[1::2] = router.weight[:-1:2]
         router.bias[1::2] = router.bias[:-1:2] - APART
-    graph = trace.formed(model)
-    return model, graph, translate.translated(trace.traced(graph, model), model.call_spec, 20)
+    for value, own in ((weight, router.weight.detach().T), (bias, router.bias.detach())):
+        value.const_value = ir.tensor(own.contiguous().numpy(), name=value.name)
+    return model, trace.formed(model), made
 
 
 def compared(rivals: tuple[Any, Any, Any], folder: Path, shift: float) -> tuple[Case, ...]:
