@@ -15,11 +15,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from sparsify.codegen.elementwise import canonical
 from sparsify.codegen.onnx import timing
+from sparsify.codegen.onnx.asked import Asked
+from sparsify.codegen.onnx.chain import dials
 from sparsify.codegen.onnx.form_ffn import ways
+from sparsify.codegen.onnx.targets import BITS
 from sparsify.codegen.onnx.trace import HOW
 from sparsify.codegen.plan import working
 from sparsify.core import Remark
@@ -38,19 +39,19 @@ class Choice:
         path: the layer's region; module: the routed module in it.
         way: its form, a key of :data:`sparsify.codegen.onnx.trace.HOW`.
         times: milliseconds of a call by way, the dense layer's among them where it has one.
-        tokens: of a call.
+        asked: of which calls.
     """
 
     path: str
     module: str
     way: str
     times: Mapping[str, float]
-    tokens: int
+    asked: Asked
 
     @property
     def reason(self) -> str:
         """What was measured, in words."""
-        at = f"at {self.tokens} token{'s' * (self.tokens != 1)} in ONNX Runtime"
+        at = f"at {self.asked.calls} in ONNX Runtime"
         dense = self.times.get("dense")
         routed = min(ms for way, ms in self.times.items() if way != "dense")
         if dense is None:
@@ -71,7 +72,8 @@ class Choice:
         """As JSON."""
         times = {way: round(ms, 4) for way, ms in self.times.items()}
         return {"region": self.path, "form": HOW[self.way], "milliseconds": times,
-                "tokens": self.tokens, "reason": self.reason}  # fmt: skip
+                "tokens": self.asked.tokens, "threads": self.asked.threads,
+                "weights": self.asked.weights, "reason": self.reason}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,44 +86,36 @@ class Chosen:
 
 
 @contextlib.contextmanager
-def chosen(
-    model: SparseModel,
-    target: str,
-    routing: str,
-    tokens: int = 1,
-    threads: int | None = None,
-    *,
-    moe: bool = True,
-) -> Iterator[Chosen]:
-    """What ``routing`` means for ``model``; inside, layers chosen dense have their dials at one.
-
-    Args:
-        tokens: of a timed call; threads: of ONNX Runtime there, None = as many as torch has.
-        moe: whether ONNX Runtime's operator may be taken; it reads no codes.
-    """
-    if routing != "auto":
-        yield Chosen(routing)
+def chosen(model: SparseModel, asked: Asked) -> Iterator[Chosen]:
+    """What ``asked.routing`` means for ``model``; inside, layers chosen dense have their dials at
+    one."""
+    if asked.routing != "auto":
+        yield Chosen(asked.routing)
         return
-    offered = ("mask", "branch", "moe") if target == "ort" and moe else ("mask", "branch")
-    found = choices(model, offered, tokens, threads or torch.get_num_threads())
+    found = choices(model, offered(asked), asked)
     layers = dict(model.graph.named_modules())
     with dial.kept(model):
         dense = [layers[c.module] for c in found if c.way == "dense"]
         if dense:
-            turned = {part: 1.0 for ffn in dense for part in timing.dials(ffn)}
+            turned = {part: 1.0 for ffn in dense for part in dials(ffn)}
             dial.set_each(model, turned)
         yield Chosen("mask", {c.module: c.way for c in found}, found)
 
 
-def choices(
-    model: SparseModel, offered: tuple[str, ...], tokens: int, threads: int
-) -> tuple[Choice, ...]:
+def offered(asked: Asked) -> tuple[str, ...]:
+    """Ways to choose from; ONNX Runtime's operator reads no codes."""
+    if asked.target == "ort" and asked.weights not in BITS:
+        return "mask", "branch", "moe"
+    return "mask", "branch"
+
+
+def choices(model: SparseModel, ways_: tuple[str, ...], asked: Asked) -> tuple[Choice, ...]:
     """One per routed layer that is not dense already, in model order."""
     groups: dict[object, list[tuple[str, RoutedFFN]]] = {}
     for path, module in working(model.graph):
         if isinstance(module, RoutedFFN) and ways(module, "mask") != "dense":
             groups.setdefault(_kind(module), []).append((path, module))
-    found = [c for group in groups.values() for c in _group(group, offered, tokens, threads)]
+    found = [c for group in groups.values() for c in _group(group, ways_, asked)]
     order = [path for path, _ in model.graph.named_modules()]
     return tuple(sorted(found, key=lambda choice: order.index(choice.module)))
 
@@ -136,21 +130,21 @@ def _kind(ffn: RoutedFFN) -> object:
 
 
 def _group(
-    group: list[tuple[str, RoutedFFN]], offered: tuple[str, ...], tokens: int, threads: int
+    group: list[tuple[str, RoutedFFN]], ways_: tuple[str, ...], asked: Asked
 ) -> list[Choice]:
     first = group[0][1]
     lives = [ffn.router.live_units(ffn.router.active) for _, ffn in group]
     ends = sorted({max(1, round(min(lives))), max(1, round(max(lives)))})
-    able = sorted({ways(first, way) for way in offered}, key=list(HOW).index)
+    able = sorted({ways(first, way) for way in ways_}, key=list(HOW).index)
     dense = first.router.unit_weights and not first.copies
-    timed = timing.measured(first, [*able, "dense"] if dense else able, ends, tokens, threads)
+    timed = timing.measured(first, [*able, "dense"] if dense else able, ends, asked)
     made = []
     for (path, _), live in zip(group, lives, strict=True):
         times = _between(ends, timed, live)
         routed = min(able, key=lambda way: times[way])
         slow = dense and times[routed] > MARGIN * times["dense"]
         region = path.rpartition(".")[0] or path
-        made.append(Choice(region, path, "dense" if slow else routed, times, tokens))
+        made.append(Choice(region, path, "dense" if slow else routed, times, asked))
     return made
 
 

@@ -58,21 +58,21 @@ class Case:
         return f"{word} {self.name:<13} relative error {self.relative:.1e}{agree}{beside}"
 
 
-def session(path: Path, *, threads: int = 1, float32: bool = False, spin: bool = True) -> Any:
+def session(path: Path, *, threads: int = 1, float32: bool = False, in_turn: bool = False) -> Any:
     """An ONNX Runtime session on the CPU.
 
     Args:
         float32: products with weights in 4 or 8 bits are computed in float32; without it ONNX
             Runtime rounds their inputs to 8 bits, which is faster.
-        spin: its threads wait for work awake, a while, as they do by default; sessions that take
-            turns would take cores from each other so.
+        in_turn: its threads sleep as soon as a call returns; by default they wait for the next one
+            awake, a while, and take the cores from other sessions.
     """
     (ort,) = need("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if not spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if in_turn:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if float32:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
