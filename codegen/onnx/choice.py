@@ -1,11 +1,16 @@
 """``routing="auto"``: every routed feed-forward layer in its fastest form, or dense.
 
 Layers of one kind (class, sizes, activation, router) are timed once
-(:mod:`sparsify.codegen.onnx.timing`), at the least and the largest budget among them; a layer
-between the two lies on the straight line between them, as decoding time grows with the bytes of
-live experts. Where no routed form is faster than the dense layer, the layer's dial is turned to one
-for the export: the file is as fast, and closer to the dense model. A layer whose experts are copies
-of a whole one, or whose weights are not one, has no dense form.
+(:mod:`sparsify.codegen.onnx.timing`), with as many experts live as the layer with the fewest and
+the one with the most has in use (:mod:`sparsify.codegen.onnx.live`; where that cannot be counted,
+by its budget). A layer between the two lies on the straight line between them, as decoding time
+grows with the bytes of live experts. Where no routed form is faster than the dense layer, the
+layer's dial is turned to one for the export: the file is as fast, and closer to the dense model. A
+layer whose experts are copies of a whole one, or whose weights are not one, has no dense form.
+
+Where both take about as long it does not matter which is written. What matters is how many experts
+are live: SmolLM2's layers break even at 32 of 64 on two threads, and by their budgets half of them
+have more, in use nearly none.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparsify.codegen.elementwise import canonical
-from sparsify.codegen.onnx import timing
+from sparsify.codegen.onnx import live, timing
 from sparsify.codegen.onnx.asked import Asked
 from sparsify.codegen.onnx.chain import dials
 from sparsify.codegen.onnx.form_ffn import ways
@@ -39,7 +44,7 @@ class Choice:
         path: the layer's region; module: the routed module in it.
         way: its form, a key of :data:`sparsify.codegen.onnx.trace.HOW`.
         times: milliseconds of a call by way, the dense layer's among them where it has one.
-        asked: of which calls.
+        asked: of which calls; live: experts that a token of them uses.
     """
 
     path: str
@@ -47,6 +52,7 @@ class Choice:
     way: str
     times: Mapping[str, float]
     asked: Asked
+    live: float = 0.0
 
     @property
     def reason(self) -> str:
@@ -72,6 +78,7 @@ class Choice:
         """As JSON."""
         times = {way: round(ms, 4) for way, ms in self.times.items()}
         return {"region": self.path, "form": HOW[self.way], "milliseconds": times,
+                "live": round(self.live, 1),
                 "tokens": self.asked.tokens, "threads": self.asked.threads,
                 "weights": self.asked.weights, "reason": self.reason}  # fmt: skip
 
@@ -115,7 +122,8 @@ def choices(model: SparseModel, ways_: tuple[str, ...], asked: Asked) -> tuple[C
     for path, module in working(model.graph):
         if isinstance(module, RoutedFFN) and ways(module, "mask") != "dense":
             groups.setdefault(_kind(module), []).append((path, module))
-    found = [c for group in groups.values() for c in _group(group, ways_, asked)]
+    used = live.shares(model) if groups else {}
+    found = [c for group in groups.values() for c in _group(group, ways_, asked, used)]
     order = [path for path, _ in model.graph.named_modules()]
     return tuple(sorted(found, key=lambda choice: order.index(choice.module)))
 
@@ -130,21 +138,27 @@ def _kind(ffn: RoutedFFN) -> object:
 
 
 def _group(
-    group: list[tuple[str, RoutedFFN]], ways_: tuple[str, ...], asked: Asked
+    group: list[tuple[str, RoutedFFN]],
+    ways_: tuple[str, ...],
+    asked: Asked,
+    used: Mapping[str, float],
 ) -> list[Choice]:
     first = group[0][1]
-    lives = [ffn.router.live_units(ffn.router.active) for _, ffn in group]
+    lives = [
+        used[path] * ffn.experts if path in used else ffn.router.live_units(ffn.router.active)
+        for path, ffn in group
+    ]
     ends = sorted({max(1, round(min(lives))), max(1, round(max(lives)))})
     able = sorted({ways(first, way) for way in ways_}, key=list(HOW).index)
     dense = first.router.unit_weights and not first.copies
     timed = timing.measured(first, [*able, "dense"] if dense else able, ends, asked)
     made = []
-    for (path, _), live in zip(group, lives, strict=True):
-        times = _between(ends, timed, live)
+    for (path, _), count in zip(group, lives, strict=True):
+        times = _between(ends, timed, count)
         routed = min(able, key=lambda way: times[way])
         slow = dense and times[routed] > MARGIN * times["dense"]
         region = path.rpartition(".")[0] or path
-        made.append(Choice(region, path, "dense" if slow else routed, times, asked))
+        made.append(Choice(region, path, "dense" if slow else routed, times, asked, count))
     return made
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import sparsify
-from sparsify.codegen.onnx import choice, targets, timing, trace
+from sparsify.codegen.onnx import choice, live, targets, timing, trace
 from sparsify.codegen.onnx import export as exporting
 from sparsify.codegen.onnx.asked import Asked
 from sparsify.errors import BadInput, ParityFailed
@@ -42,7 +43,7 @@ def model() -> Any:
 
 
 def tell(monkeypatch: pytest.MonkeyPatch, **times: Sequence[float]) -> list[Any]:
-    """Let the timer say these milliseconds, at the fewest and the most live experts."""
+    """Let the timer say these milliseconds, at the fewest and the most live experts: by budget."""
     asked: list[Any] = []
 
     def measured(ffn: RoutedFFN, ways: Sequence[str], lives: Sequence[int], of: Asked) -> Any:
@@ -50,6 +51,7 @@ def tell(monkeypatch: pytest.MonkeyPatch, **times: Sequence[float]) -> list[Any]
         return [{way: times[way][at] for way in ways} for at in range(len(lives))]
 
     monkeypatch.setattr(timing, "measured", measured)
+    monkeypatch.setattr(live, "shares", lambda _: {})
     return asked
 
 
@@ -146,6 +148,37 @@ def test_equal_reasons_are_one_line() -> None:
     found = tuple(choice.Choice(f"{i}.mlp", f"{i}.mlp.moe", "dense", times, AUTO) for i in range(3))
     (line,) = choice.told(found)
     assert line.startswith("0.mlp and 2 more: dense (routed would take 2.00x")
+
+
+def test_layers_are_timed_with_the_experts_that_are_live_in_use(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tell(monkeypatch, dense=(10, 10), mask=(20, 20), branch=(8, 12))
+    shares = {f"{MLP.format(0)}.moe": 0.3, f"{MLP.format(1)}.moe": 0.9}
+    monkeypatch.setattr(live, "shares", lambda _: shares)
+    with choice.chosen(model, AUTO) as how:
+        assert asked[0][1] == [1, 4]  # by budgets 2 and 3
+        assert [c.way for c in how.choices] == ["branch", "dense"]
+        assert how.choices[0].to_dict()["live"] == 1.2
+
+
+def test_live_experts_are_counted_while_the_model_writes(model: Any) -> None:
+    """The budget's number where rules count, the counters as before, twice the same."""
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        model(ids)
+    before, settings = model.realised(), model.active
+    found = live.shares(model)
+    assert found[f"{MLP.format(0)}.moe"] == 0.5 and found[f"{MLP.format(1)}.moe"] == 0.75
+    assert live.shares(model) == found
+    assert model.realised() == before and model.active == settings
+
+
+def test_live_experts_of_other_models_are_told_by_budgets() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = sparsify.compile(captured("vit"), "ffn-moe{experts=4}", reproducer=None)
+    assert live.shares(other) == {}
 
 
 def test_what_is_not_on_offer() -> None:
