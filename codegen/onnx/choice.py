@@ -55,16 +55,15 @@ class Choice:
     live: float = 0.0
 
     @property
+    def ratio(self) -> float | None:
+        """The fastest routed form's time over the dense layer's; None where there is no such."""
+        dense = self.times.get("dense")
+        return dense and min(ms for way, ms in self.times.items() if way != "dense") / dense
+
+    @property
     def reason(self) -> str:
         """What was measured, in words."""
-        at = f"at {self.asked.calls} in ONNX Runtime"
-        dense = self.times.get("dense")
-        routed = min(ms for way, ms in self.times.items() if way != "dense")
-        if dense is None:
-            return f"{HOW[self.way]} (the fastest of its forms {at}; it has no dense one)"
-        if self.way == "dense":
-            return f"dense (routed would take {routed / dense:.2f}x of its time {at})"
-        return f"{HOW[self.way]} ({routed / dense:.2f}x of the dense layer's time {at})"
+        return _reason(self, "" if self.ratio is None else f"{self.ratio:.2f}x")
 
     @property
     def remark(self) -> Remark:
@@ -171,11 +170,23 @@ def _between(ends: list[int], timed: list[dict[str, float]], live: float) -> dic
 
 
 def told(found: tuple[Choice, ...]) -> list[str]:
-    """A line per reason: its first layer, and how many more."""
-    by: dict[str, list[str]] = {}
+    """A line for each form that was chosen: its first layer, how many more, and why."""
+    by: dict[tuple[str, bool], list[Choice]] = {}
     for choice in found:
-        by.setdefault(choice.reason, []).append(choice.path)
-    return [
-        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
-        for reason, paths in by.items()
-    ]
+        by.setdefault((choice.way, choice.ratio is None), []).append(choice)
+    lines = []
+    for group in by.values():
+        ratios = [f"{ratio:.2f}x" for ratio in sorted(c.ratio or 0.0 for c in group)]
+        span = " to ".join(dict.fromkeys((ratios[0], ratios[-1])))
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        lines.append(f"{group[0].path}{more}: {_reason(group[0], span)}")
+    return lines
+
+
+def _reason(choice: Choice, ratio: str) -> str:
+    at = f"at {choice.asked.calls} in ONNX Runtime"
+    if choice.ratio is None:
+        return f"{HOW[choice.way]} (the fastest of its forms {at}; it has no dense one)"
+    if choice.way == "dense":
+        return f"dense (routed would take {ratio} of its time {at})"
+    return f"{HOW[choice.way]} ({ratio} of the dense layer's time {at})"

@@ -143,11 +143,16 @@ def test_dials_come_back_after_an_error(
     assert model.active == before and list(tmp_path.iterdir()) == []
 
 
-def test_equal_reasons_are_one_line() -> None:
-    times = {"dense": 1.0, "mask": 2.0}
-    found = tuple(choice.Choice(f"{i}.mlp", f"{i}.mlp.moe", "dense", times, AUTO) for i in range(3))
-    (line,) = choice.told(found)
-    assert line.startswith("0.mlp and 2 more: dense (routed would take 2.00x")
+def test_layers_in_one_form_are_one_line() -> None:
+    def chose(path: str, way: str, routed: float) -> choice.Choice:
+        return choice.Choice(path, f"{path}.moe", way, {"dense": 1.0, "mask": routed}, AUTO)
+
+    found = (chose("0.mlp", "dense", 2), chose("1.mlp", "mask", 0.5), chose("2.mlp", "dense", 1.5),
+             chose("3.mlp", "dense", 1.75))  # fmt: skip
+    dense, mask = choice.told(found)
+    at = "at 1 token on 1 thread in ONNX Runtime"
+    assert dense == f"0.mlp and 2 more: dense (routed would take 1.50x to 2.00x of its time {at})"
+    assert mask == f"1.mlp: by masks (0.50x of the dense layer's time {at})"
 
 
 def test_layers_are_timed_with_the_experts_that_are_live_in_use(
