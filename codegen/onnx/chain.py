@@ -30,7 +30,7 @@ from sparsify.runtime.conditioned import ConditionedFFN
 from sparsify.runtime.ffn import RoutedFFN
 
 NAMES = ("x", "given")
-SMALL = 1e-3  # of an output, at most, that the next copy reads: chained squares would overflow
+SMALL = 1e-3  # of an output's tanh that the next copy reads: chained squares would overflow
 
 
 class Timed(nn.Module):
@@ -118,12 +118,14 @@ def _repeat(model: Any, copies: int) -> None:
 
 
 def _next(graph: Any, x: Any, y: Any, at: int) -> Any:
-    """x plus a little of y: what a copy reads."""
+    """x plus a little of y: what a copy reads.
+
+    By tanh, since with a Clip there ONNX Runtime makes no one operator of codes and product.
+    """
     (ir,) = need("onnx_ir")
-    ends = [_constant(graph, _of(f"end{i}", at), v) for i, v in enumerate((-SMALL, SMALL))]
-    made = None
-    for kind, values in (("Clip", [y, *ends]), ("Add", [x])):
-        node = ir.node(kind, values if made is None else [*values, made], name=_of(kind, at))
+    made, small = y, _constant(graph, _of("small", at), SMALL)
+    for kind, beside in (("Tanh", []), ("Mul", [small]), ("Add", [x])):
+        node = ir.node(kind, [made, *beside], name=_of(kind, at))
         made = node.outputs[0]
         made.name, made.type, made.shape = node.name, x.type, x.shape
         graph.append(node)

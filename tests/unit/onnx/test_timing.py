@@ -47,7 +47,7 @@ def expected(way: str, flat: list[Tensor]) -> Tensor:
     y, timed = torch.zeros(()), chain.alone(layer(), way)
     for selected in flat[1:]:
         with torch.no_grad():
-            y = timed(flat[0] + y.clamp(-chain.SMALL, chain.SMALL), selected)
+            y = timed(flat[0] + chain.SMALL * y.tanh(), selected)
     return y
 
 
@@ -90,6 +90,19 @@ def test_weights_are_stored_as_the_file_stores_them(
     (found,) = parity.run(parity.session(written("branch", tmp_path, weights)), names, flat)
     error = float((found - exact).abs().max() / exact.abs().max())
     assert 0 < error < 0.2
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_every_copy_reads_codes_as_the_model_does(weights: str, tmp_path: Path) -> None:
+    """As one operator with the product: what stands behind the last product must not hinder it."""
+    ort = pytest.importorskip("onnxruntime")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(written("dense", tmp_path, weights)), options)
+    graph = pytest.importorskip("onnx").load(tmp_path / "optimized.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("MatMulNBits") == 3 * COPIES and "DequantizeLinear" not in kinds
 
 
 def test_the_timer_times(monkeypatch: pytest.MonkeyPatch) -> None:
