@@ -2,8 +2,9 @@
 
 ``python benchmarks/onnx_ffn.py [--shapes 2048x8192,576x1536] [--experts 8,64] [--tokens 1,8]``
 writes one gated layer (silu, a quarter of the experts shared, threshold router) in each of its
-forms and times them in turn, weights out of the cache (:mod:`sparsify.codegen.onnx.timing`). Half
-of the experts are live for every token, drawn at random. The ideal is dense times the share of
+forms and times them in turn, several copies in one session, weights out of the cache
+(:mod:`sparsify.codegen.onnx.timing`). Half of the experts are live for every token, drawn at
+random. The ideal is dense times the share of
 expert weights that the tokens use (up to 8 tokens: reading them bounds), or of operations; the
 router, the selection and what ``--compensate`` adds count against the routed forms. Prints a table
 and writes benchmarks/results/onnx-ffn.json.
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from ffn_backends import SILU
 
-from sparsify.codegen.onnx import timing
+from sparsify.codegen.onnx import targets, timing
+from sparsify.codegen.onnx.asked import Asked
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.router import Router
 
@@ -34,8 +36,9 @@ def main() -> None:
     asked.add_argument("--experts", default="8,64")
     asked.add_argument("--active", type=float, default=0.5)
     asked.add_argument("--tokens", default="1,8,64,512")
-    asked.add_argument("--runs", type=int, default=11)
+    asked.add_argument("--turns", type=int, default=timing.TURNS)
     asked.add_argument("--threads", type=int, default=1)
+    asked.add_argument("--weights", choices=targets.WEIGHTS, default="float32")
     asked.add_argument("--compensate", action="store_true", help="dead experts are estimated")
     asked.add_argument("--ways", default=",".join(WAYS))
     given = asked.parse_args()
@@ -45,6 +48,7 @@ def main() -> None:
         for experts in map(int, given.experts.split(",")):
             ffn = layer(*map(int, shape.split("x")), experts, given.active, given.compensate)
             key = f"{shape} {experts} experts {given.active:g} active {given.threads} threads"
+            key += f" {given.weights}" * (given.weights != "float32")
             known[key + " compensated" * given.compensate] = rows(ffn, key, given)
             RESULTS.write_text(json.dumps(known, indent=1) + "\n")
 
@@ -70,9 +74,10 @@ def rows(ffn: RoutedFFN, key: str, given: Any) -> list[dict[str, Any]]:
     """One per number of tokens."""
     found, live = [], round(ffn.router.live_units(given.active))
     with tempfile.TemporaryDirectory() as folder:
-        running = timing.sessions(ffn, given.ways.split(","), Path(folder), given.threads)
+        asked = Asked("ort", "auto", targets.OPSET_ORT, given.weights, threads=given.threads)
+        running = timing.sessions(ffn, given.ways.split(","), Path(folder), asked)
         for tokens in map(int, given.tokens.split(",")):
-            times = timing.times(running, ffn, live, tokens, given.runs)
+            times = timing.times(running, ffn, live, tokens, given.turns)
             ideal = times["dense"] * (
                 used(ffn, live, tokens) if tokens <= 8 else live / ffn.experts
             )

@@ -249,7 +249,8 @@ class SparseModel(nn.Module):
                 Runtime's own too), ``opset``, ``external_data`` (weights in a file beside it; by
                 itself above 2 GiB), ``routing`` (``mask``: dead units are set to zero; ``branch``:
                 experts that no token uses are not run; ``moe``: ``ort``'s operator; ``auto``: the
-                fastest by measurement, calls of ``tokens`` tokens, or dense where none is faster),
+                fastest by measurement, or dense where none is faster, in calls of ``tokens`` tokens
+                on ``threads`` threads of ONNX Runtime, by itself as many as torch has),
                 ``weights`` (how matrices are stored: ``float32``, ``float16``, ``bfloat16``,
                 ``int8`` or ``int4``; by itself as the model has them), ``check`` (hold the file
                 against the model, in ONNX Runtime), ``force`` (replace a file), ``progress``.

@@ -1,11 +1,16 @@
 """``routing="auto"``: every routed feed-forward layer in its fastest form, or dense.
 
 Layers of one kind (class, sizes, activation, router) are timed once
-(:mod:`sparsify.codegen.onnx.timing`), at the least and the largest budget among them; a layer
-between the two lies on the straight line between them, as decoding time grows with the bytes of
-live experts. Where no routed form is faster than the dense layer, the layer's dial is turned to one
-for the export: the file is as fast, and closer to the dense model. A layer whose experts are copies
-of a whole one, or whose weights are not one, has no dense form.
+(:mod:`sparsify.codegen.onnx.timing`), with as many experts live as the layer with the fewest and
+the one with the most has in use (:mod:`sparsify.codegen.onnx.live`; where that cannot be counted,
+by its budget). A layer between the two lies on the straight line between them, as decoding time
+grows with the bytes of live experts. Where no routed form is faster than the dense layer, the
+layer's dial is turned to one for the export: the file is as fast, and closer to the dense model. A
+layer whose experts are copies of a whole one, or whose weights are not one, has no dense form.
+
+Where both take about as long it does not matter which is written. What matters is how many experts
+are live: SmolLM2's layers break even at 32 of 64 on two threads, and by their budgets half of them
+have more, in use nearly none.
 """
 
 from __future__ import annotations
@@ -15,11 +20,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from sparsify.codegen.elementwise import canonical
-from sparsify.codegen.onnx import timing
+from sparsify.codegen.onnx import live, timing
+from sparsify.codegen.onnx.asked import Asked
+from sparsify.codegen.onnx.chain import dials
 from sparsify.codegen.onnx.form_ffn import ways
+from sparsify.codegen.onnx.targets import BITS
 from sparsify.codegen.onnx.trace import HOW
 from sparsify.codegen.plan import working
 from sparsify.core import Remark
@@ -38,26 +44,26 @@ class Choice:
         path: the layer's region; module: the routed module in it.
         way: its form, a key of :data:`sparsify.codegen.onnx.trace.HOW`.
         times: milliseconds of a call by way, the dense layer's among them where it has one.
-        tokens: of a call.
+        asked: of which calls; live: experts that a token of them uses.
     """
 
     path: str
     module: str
     way: str
     times: Mapping[str, float]
-    tokens: int
+    asked: Asked
+    live: float = 0.0
+
+    @property
+    def ratio(self) -> float | None:
+        """The fastest routed form's time over the dense layer's; None where there is no such."""
+        dense = self.times.get("dense")
+        return dense and min(ms for way, ms in self.times.items() if way != "dense") / dense
 
     @property
     def reason(self) -> str:
         """What was measured, in words."""
-        at = f"at {self.tokens} token{'s' * (self.tokens != 1)} in ONNX Runtime"
-        dense = self.times.get("dense")
-        routed = min(ms for way, ms in self.times.items() if way != "dense")
-        if dense is None:
-            return f"{HOW[self.way]} (the fastest of its forms {at}; it has no dense one)"
-        if self.way == "dense":
-            return f"dense (routed would take {routed / dense:.2f}x of its time {at})"
-        return f"{HOW[self.way]} ({routed / dense:.2f}x of the dense layer's time {at})"
+        return _reason(self, "" if self.ratio is None else f"{self.ratio:.2f}x")
 
     @property
     def remark(self) -> Remark:
@@ -71,7 +77,9 @@ class Choice:
         """As JSON."""
         times = {way: round(ms, 4) for way, ms in self.times.items()}
         return {"region": self.path, "form": HOW[self.way], "milliseconds": times,
-                "tokens": self.tokens, "reason": self.reason}  # fmt: skip
+                "live": round(self.live, 1),
+                "tokens": self.asked.tokens, "threads": self.asked.threads,
+                "weights": self.asked.weights, "reason": self.reason}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,44 +92,37 @@ class Chosen:
 
 
 @contextlib.contextmanager
-def chosen(
-    model: SparseModel,
-    target: str,
-    routing: str,
-    tokens: int = 1,
-    threads: int | None = None,
-    *,
-    moe: bool = True,
-) -> Iterator[Chosen]:
-    """What ``routing`` means for ``model``; inside, layers chosen dense have their dials at one.
-
-    Args:
-        tokens: of a timed call; threads: of ONNX Runtime there, None = as many as torch has.
-        moe: whether ONNX Runtime's operator may be taken; it reads no codes.
-    """
-    if routing != "auto":
-        yield Chosen(routing)
+def chosen(model: SparseModel, asked: Asked) -> Iterator[Chosen]:
+    """What ``asked.routing`` means for ``model``; inside, layers chosen dense have their dials at
+    one."""
+    if asked.routing != "auto":
+        yield Chosen(asked.routing)
         return
-    offered = ("mask", "branch", "moe") if target == "ort" and moe else ("mask", "branch")
-    found = choices(model, offered, tokens, threads or torch.get_num_threads())
+    found = choices(model, offered(asked), asked)
     layers = dict(model.graph.named_modules())
     with dial.kept(model):
         dense = [layers[c.module] for c in found if c.way == "dense"]
         if dense:
-            turned = {part: 1.0 for ffn in dense for part in timing.dials(ffn)}
+            turned = {part: 1.0 for ffn in dense for part in dials(ffn)}
             dial.set_each(model, turned)
         yield Chosen("mask", {c.module: c.way for c in found}, found)
 
 
-def choices(
-    model: SparseModel, offered: tuple[str, ...], tokens: int, threads: int
-) -> tuple[Choice, ...]:
+def offered(asked: Asked) -> tuple[str, ...]:
+    """Ways to choose from; ONNX Runtime's operator reads no codes."""
+    if asked.target == "ort" and asked.weights not in BITS:
+        return "mask", "branch", "moe"
+    return "mask", "branch"
+
+
+def choices(model: SparseModel, ways_: tuple[str, ...], asked: Asked) -> tuple[Choice, ...]:
     """One per routed layer that is not dense already, in model order."""
     groups: dict[object, list[tuple[str, RoutedFFN]]] = {}
     for path, module in working(model.graph):
         if isinstance(module, RoutedFFN) and ways(module, "mask") != "dense":
             groups.setdefault(_kind(module), []).append((path, module))
-    found = [c for group in groups.values() for c in _group(group, offered, tokens, threads)]
+    used = live.shares(model) if groups else {}
+    found = [c for group in groups.values() for c in _group(group, ways_, asked, used)]
     order = [path for path, _ in model.graph.named_modules()]
     return tuple(sorted(found, key=lambda choice: order.index(choice.module)))
 
@@ -136,21 +137,27 @@ def _kind(ffn: RoutedFFN) -> object:
 
 
 def _group(
-    group: list[tuple[str, RoutedFFN]], offered: tuple[str, ...], tokens: int, threads: int
+    group: list[tuple[str, RoutedFFN]],
+    ways_: tuple[str, ...],
+    asked: Asked,
+    used: Mapping[str, float],
 ) -> list[Choice]:
     first = group[0][1]
-    lives = [ffn.router.live_units(ffn.router.active) for _, ffn in group]
+    lives = [
+        used[path] * ffn.experts if path in used else ffn.router.live_units(ffn.router.active)
+        for path, ffn in group
+    ]
     ends = sorted({max(1, round(min(lives))), max(1, round(max(lives)))})
-    able = sorted({ways(first, way) for way in offered}, key=list(HOW).index)
+    able = sorted({ways(first, way) for way in ways_}, key=list(HOW).index)
     dense = first.router.unit_weights and not first.copies
-    timed = timing.measured(first, [*able, "dense"] if dense else able, ends, tokens, threads)
+    timed = timing.measured(first, [*able, "dense"] if dense else able, ends, asked)
     made = []
-    for (path, _), live in zip(group, lives, strict=True):
-        times = _between(ends, timed, live)
+    for (path, _), count in zip(group, lives, strict=True):
+        times = _between(ends, timed, count)
         routed = min(able, key=lambda way: times[way])
         slow = dense and times[routed] > MARGIN * times["dense"]
         region = path.rpartition(".")[0] or path
-        made.append(Choice(region, path, "dense" if slow else routed, times, tokens))
+        made.append(Choice(region, path, "dense" if slow else routed, times, asked, count))
     return made
 
 
@@ -163,11 +170,23 @@ def _between(ends: list[int], timed: list[dict[str, float]], live: float) -> dic
 
 
 def told(found: tuple[Choice, ...]) -> list[str]:
-    """A line per reason: its first layer, and how many more."""
-    by: dict[str, list[str]] = {}
+    """A line for each form that was chosen: its first layer, how many more, and why."""
+    by: dict[tuple[str, bool], list[Choice]] = {}
     for choice in found:
-        by.setdefault(choice.reason, []).append(choice.path)
-    return [
-        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
-        for reason, paths in by.items()
-    ]
+        by.setdefault((choice.way, choice.ratio is None), []).append(choice)
+    lines = []
+    for group in by.values():
+        ratios = [f"{ratio:.2f}x" for ratio in sorted(c.ratio or 0.0 for c in group)]
+        span = " to ".join(dict.fromkeys((ratios[0], ratios[-1])))
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        lines.append(f"{group[0].path}{more}: {_reason(group[0], span)}")
+    return lines
+
+
+def _reason(choice: Choice, ratio: str) -> str:
+    at = f"at {choice.asked.calls} in ONNX Runtime"
+    if choice.ratio is None:
+        return f"{HOW[choice.way]} (the fastest of its forms {at}; it has no dense one)"
+    if choice.way == "dense":
+        return f"dense (routed would take {ratio} of its time {at})"
+    return f"{HOW[choice.way]} ({ratio} of the dense layer's time {at})"

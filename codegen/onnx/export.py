@@ -21,6 +21,7 @@ from sparsify.codegen.onnx import (
     translate,
     write,
 )
+from sparsify.codegen.onnx.asked import Asked, counts
 from sparsify.codegen.onnx.case import RELATIVE, Case
 from sparsify.codegen.onnx.needs import EXTRA, need
 from sparsify.codegen.onnx.weights import Weights
@@ -117,6 +118,7 @@ def export(
     external_data: bool | None = None,
     routing: str | None = None,
     tokens: int = 1,
+    threads: int | None = None,
     weights: str | None = None,
     check: bool = True,
     force: bool = False,
@@ -126,7 +128,8 @@ def export(
     if write.is_folder(path):
         options: dict[str, Any] = {
             "target": target, "opset": opset, "external_data": external_data, "routing": routing,
-            "tokens": tokens, "weights": weights, "check": check, "progress": progress,
+            "tokens": tokens, "threads": threads, "weights": weights, "check": check,
+            "progress": progress,
         }  # fmt: skip
         served: Exported = client_files.in_folder(
             model, path, force, lambda file: export(model, file, **options)
@@ -136,8 +139,11 @@ def export(
     routing = targets.routing(target, routing)
     precision = weights or _precision(model)
     version = targets.check(target, routing, opset, precision)
-    if tokens < 1:
-        raise BadInput(f"a call of {tokens} tokens cannot be timed")
+    counts(tokens, threads, routing)
+    asked = Asked(
+        target, routing, version, precision, tokens, threads or torch.get_num_threads(),
+        external_data, check, force,
+    )  # fmt: skip
     need(*(EXTRA if check or routing == "auto" else EXTRA[:3]))
     write.check_place(place, force=force)
     if not model.example:
@@ -147,54 +153,41 @@ def export(
     model = _in_float32(model)
     tell = _teller(progress)
     tell()
-    coded = precision in targets.BITS
-    with choice.chosen(model, target, routing, tokens, moe=not coded) as how:
-        return _export(
-            model, place, how, tell, target=target, version=version, routing=routing,
-            precision=precision, external_data=external_data, check=check, force=force,
-        )  # fmt: skip
+    with choice.chosen(model, asked) as how:
+        return _export(model, place, asked, how, tell)
 
 
 def _export(
-    model: SparseModel,
-    place: Path,
-    how: choice.Chosen,
-    tell: Callable[[], None],
-    *,
-    target: str,
-    version: int,
-    routing: str,
-    precision: str,
-    external_data: bool | None,
-    check: bool,
-    force: bool,
+    model: SparseModel, place: Path, asked: Asked, how: choice.Chosen, tell: Callable[[], None]
 ) -> Exported:
     graph = trace.formed(model, how.way, how.ways)
     program = trace.traced(graph, model)
     tell()
-    made = translate.translated(program, model.call_spec, version, target)
+    made = translate.translated(program, model.call_spec, asked.opset, asked.target)
     made.metadata_props.update(
         {
             "sparsify.pipeline": model.pipeline,
-            "sparsify.target": target,
-            "sparsify.routing": routing,
+            "sparsify.target": asked.target,
+            "sparsify.routing": asked.routing,
         }
     )
     done, proof = Weights("float32", {}, {}), None
-    if precision != "float32":
-        done, proof = rounded.rounded(model, made, precision, graph, place, check=check)
+    if asked.weights != "float32":
+        done, proof = rounded.rounded(model, made, asked.weights, graph, place, check=asked.check)
         _hold(proof.cases if proof else (), model)
     tell()
-    with write.writing(made, place, external=external_data, force=force) as file:
+    with write.writing(made, place, external=asked.external_data, force=asked.force) as file:
         tell()
-        cases = proof.of(file) if proof else parity.compare(model, graph, file) if check else ()
+        cases = proof.of(file) if proof else ()
+        if asked.check and not proof:
+            cases = parity.compare(model, graph, file)
         _hold(cases, model)
     tell()
     operators: dict[str, int] = {}
     for node in made.graph.all_nodes():
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
     return Exported(
-        write.files_of(place), target, version, model.active, trace.told(graph),
+        write.files_of(place), asked.target, asked.opset, model.active, trace.told(graph),
         dict(sorted(operators.items())), cases, done, how.choices,
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ def session(
     *,
     threads: int = 1,
     float32: bool = False,
-    spin: bool = True,
+    in_turn: bool = False,
     watched: bool = False,
 ) -> Any:
     """An ONNX Runtime session on the CPU.
@@ -42,16 +42,16 @@ def session(
     Args:
         float32: products with weights in 4 or 8 bits are computed in float32; without it ONNX
             Runtime rounds their inputs to 8 bits, which is faster.
-        spin: its threads wait for work awake, a while, as they do by default; sessions that take
-            turns would take cores from each other so.
+        in_turn: its threads sleep as soon as a call returns; by default they wait for the next one
+            awake, a while, and take the cores from other sessions.
         watched: its selections are outputs too, after the file's own.
     """
     (ort,) = need("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if not spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if in_turn:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if float32:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     file: str | bytes = str(path)

@@ -1,141 +1,149 @@
 """How long the forms of one routed feed-forward layer take in ONNX Runtime, on this machine.
 
-Every form becomes a small file of its own, with its router, loaded as often as its weights fit into
-a buffer larger than the cache: run one after the other, these sessions find their weights in memory
-and their code in the cache, as layers of a model do. (Clearing the cache between two runs of one
-session instead charges a form for its operators: 576/1536 in 64 experts, one token, 0.82 ms as MoE
-and 0.80 dense so; in a model of such layers MoE saved 0.25 ms a layer.) The forms take turns, and
-the median counts. Random inputs would not select as text does, so the selection is given: the
-router computes its own, which costs what it costs, and a second input says which experts are live:
-so many as a token uses at the layer's budget, drawn anew for every run and token.
+What is timed is as near to a model as one layer can be: every form is *one* session in which
+several copies of the layer stand one after the other (:mod:`sparsify.codegen.onnx.chain`), each
+with weights of its own. Together they do not fit into the cache, or the cache is cleared before a
+call: a layer of a model finds its weights in memory, and its operators' code in the cache.
+
+In a session with several threads those that wait stay awake: they look for work for tens of
+milliseconds, between calls too. Without that an operator that uses two threads has to wake one
+first, which costs forms with many operators most (llama of 576/1536 layers, two threads: 5.1 ms a
+token, 8.4 with threads that sleep). So it is on here as in a model's session. But a session's
+threads that look for work take the cores from the next session: here they sleep as soon as a call
+returns. A session has a turn, of several calls, before the next has one; the first calls of a turn
+do not count (woken threads may share a core until the system moves one: calls took three times as
+long, for 60 ms). The median of a turn's calls counts, and of turns the median again.
+
+Held against whole models, decoded with all layers in a form and all dense (milliseconds saved a
+layer; here, in the model): SmolLM2-135M as MoE, 22 of 64 experts live, 0.16 and 0.14 on two
+threads, 0.39 and 0.33 on one; a llama of such layers with 40 live -0.02 and 0.02, 0.02 and 0.04, in
+branches -0.64 and -0.52, -0.56 and -0.44; 2048/8192 in 64 experts, 41 live, as MoE 0.5 and 0.7, 2.1
+and 0.5, in branches 0.3 and 0.7, 3.4 and 3.2. How fast memory is changes on a shared machine within
+minutes, and the savings with it (SmolLM2 again, two threads: 0.07).
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsify.codegen.onnx import parity, translate, write
-from sparsify.codegen.onnx.forms import into_forms
-from sparsify.codegen.onnx.trace import silenced
-from sparsify.runtime.budget import Budgeted
-from sparsify.runtime.calling import ModuleCall, Slot
-from sparsify.runtime.conditioned import ConditionedFFN
+from sparsify.codegen.onnx import parity, write
+from sparsify.codegen.onnx.asked import Asked
+from sparsify.codegen.onnx.chain import chained, input_names
 from sparsify.runtime.ffn import RoutedFFN
 
-NAMES, OPSET = ("x", "given"), 20  # no operator of a layer changes with the opset
-RUNS, WARM = 11, 2  # of every form
+TURNS = 7  # of every form
+WARM, TURN = 0.08, 0.06  # seconds of a turn that do not count, and that do; a call at least of both
+DRAWN = 4  # selections of a turn
 BUFFER = 64 << 20  # bytes; the caches of the machines here hold 32 MiB
-MOST = 8  # sessions of a form: a layer for which they are too few is small enough to stay cached
+MOST = 8  # copies
+BYTES = {"int8": 1.0, "int4": 0.5}  # of a weight while it waits; others are made float32 at load
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A form, loaded.
+
+    Attributes:
+        session: of ONNX Runtime; copies: of the layer in it.
+        swept: whether the cache is cleared before a call, since the copies fit into it.
+    """
+
+    session: Any
+    copies: int
+    swept: bool
 
 
 def measured(
-    ffn: RoutedFFN, ways: Sequence[str], lives: Sequence[int], tokens: int, threads: int
+    ffn: RoutedFFN, ways: Sequence[str], lives: Sequence[int], asked: Asked
 ) -> list[dict[str, float]]:
     """Milliseconds of a call, by way.
 
     Args:
         ways: of :func:`sparsify.codegen.onnx.form_ffn.ways`; ``dense`` is with all experts live.
         lives: live experts of a token, shared ones included; for each of them there is a result.
-        tokens: of a call.
+        asked: tokens of a call, threads, and how weights are stored.
     """
     with tempfile.TemporaryDirectory() as folder:
-        running = sessions(ffn, ways, Path(folder), threads)
-        return [times(running, ffn, live, tokens) for live in lives]
+        running = sessions(ffn, ways, Path(folder), asked)
+        return [times(running, ffn, live, asked.tokens) for live in lives]
 
 
-def sessions(
-    ffn: RoutedFFN, ways: Sequence[str], folder: Path, threads: int
-) -> dict[str, list[Any]]:
-    """The layer in each of its forms, in files under ``folder``, each loaded several times."""
-    size = sum(p.nbytes for p in ffn.parameters())
-    copies = min(-(-BUFFER // size), MOST)
-    files = {way: _file(ffn, way, folder / way) for way in ways}
-    return {
-        way: [parity.session(file, threads=threads, spin=False) for _ in range(copies)]
-        for way, file in files.items()
-    }
+def sessions(ffn: RoutedFFN, ways: Sequence[str], folder: Path, asked: Asked) -> dict[str, Running]:
+    """The layer in each of its forms, from files under ``folder``."""
+    size = sum(p.numel() for p in ffn.parameters()) * BYTES.get(asked.weights, 4.0)
+    copies = min(-(-BUFFER // max(round(size), 1)), MOST)
+    swept, found = copies * size < BUFFER, {}
+    for way in ways:
+        made = chained(ffn, way, copies, asked.opset, asked.weights)
+        file, *_ = write.write(made, folder / f"{way}.onnx", external=None, force=False)
+        del made
+        session = parity.session(file, threads=asked.threads, in_turn=True)
+        found[way] = Running(session, copies, swept)
+    return found
 
 
 def times(
-    running: dict[str, list[Any]],
+    running: Mapping[str, Running],
     ffn: RoutedFFN,
     live: int,
     tokens: int,
-    runs: int | None = None,
+    turns: int | None = None,
 ) -> dict[str, float]:
-    """Median milliseconds of a call, the forms in turn."""
+    """Milliseconds of a call, the forms in turn."""
     generator = torch.Generator().manual_seed(0)
     spent: dict[str, list[float]] = {way: [] for way in running}
-    for _ in range(WARM + (runs or RUNS)):
-        x = torch.randn(1, tokens, ffn.width, generator=generator)
-        flat = (x, selection(ffn, live, tokens, generator))
-        for way, copies in running.items():
-            feed = parity.feed(copies[0], NAMES, flat)
-            start = time.perf_counter()
-            for session in copies:
-                session.run(None, feed)
-            spent[way].append((time.perf_counter() - start) / len(copies))
-    return {way: statistics.median(each[WARM:]) * 1e3 for way, each in spent.items()}
+    copies = max(each.copies for each in running.values())
+    for _ in range(turns or TURNS):
+        flats = [_drawn(ffn, live, tokens, copies, generator) for _ in range(DRAWN)]
+        for way, each in running.items():
+            names = input_names(copies)
+            spent[way].append(_turn(each, [parity.feed(each.session, names, f) for f in flats]))
+    return {way: statistics.median(each) * 1e3 for way, each in spent.items()}
 
 
-class Timed(nn.Module):
-    """x (1, T, D), given (1, T, N) -> (1, T, D): the layer's form with the selection ``given``."""
-
-    def __init__(self, ffn: RoutedFFN) -> None:
-        super().__init__()
-        self.ffn = ffn
-
-    def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        ffn: Any = self.ffn
-        if ffn.way == "dense":
-            dense: Tensor = ffn._every(x)
-            return dense
-        select, scores = given, None
-        if not isinstance(ffn, ConditionedFFN):  # one row per sample: nothing, per token
-            estimated = ffn.slopes is not None
-            scores = ffn.router.scores(x) if estimated else None
-            own = ffn.router(x) if scores is None else ffn.router(x, scores)
-            select = torch.where(own > 1e30, own, given)  # never, but nobody can know
-        routed: Tensor = ffn.routed(x, select, scores)
-        return routed
+def _turn(running: Running, feeds: Sequence[dict[str, Any]]) -> float:
+    """Median seconds of a copy in one turn."""
+    _calls(running, feeds, WARM)
+    return statistics.median(_calls(running, feeds, TURN)) / running.copies
 
 
-def alone(ffn: RoutedFFN, way: str) -> Timed:
-    """A copy of the layer, its weights shared, in its form."""
-    shared: dict[int, Any] = {id(t): t for t in (*ffn.parameters(), *ffn.buffers())}
-    timed = Timed(copy.deepcopy(ffn, shared)).eval()
-    if way == "dense":
-        for part in dials(timed.ffn):
-            part.set_active(1.0, warn=False)
-    into_forms(timed, way)
-    return timed
+def _calls(running: Running, feeds: Sequence[dict[str, Any]], seconds: float) -> list[float]:
+    """Seconds of every call that fits into so many; one at least."""
+    found: list[float] = []
+    end = time.perf_counter() + seconds
+    while not found or time.perf_counter() < end:
+        if running.swept:
+            _sweep()
+        start = time.perf_counter()
+        running.session.run(None, feeds[len(found) % len(feeds)])
+        found.append(time.perf_counter() - start)
+    return found
 
 
-def dials(ffn: RoutedFFN) -> list[Budgeted]:
-    """What is turned to one where the layer is to be dense."""
-    return [ffn.router] if ffn.inside is None else [ffn.router, ffn.inside]
+def _sweep() -> None:
+    """Fill the cache with something else."""
+    _SWEPT.setdefault("buffer", np.ones(BUFFER // 4, np.float32)).sum()
 
 
-def _file(ffn: RoutedFFN, way: str, folder: Path) -> Path:
-    timed, tokens = alone(ffn, way), torch.export.Dim.AUTO
-    example = (torch.zeros(1, 3, ffn.width), torch.ones(1, 3, ffn.experts))
-    free = ({1: tokens}, {1: tokens})
-    with torch.no_grad(), silenced():
-        program = torch.export.export(timed, example, dynamic_shapes=free, strict=False)
-    slots = tuple(Slot(n, (1, None, e.shape[2])) for n, e in zip(NAMES, example, strict=True))
-    call = ModuleCall(slots, NAMES, {}, {"kind": "tensor"})
-    made = translate.translated(program, call, OPSET, "ort")
-    folder.mkdir()
-    return write.write(made, folder / "layer.onnx", external=None, force=False)[0]
+_SWEPT: dict[str, Any] = {}
+
+
+def _drawn(
+    ffn: RoutedFFN, live: int, tokens: int, copies: int, generator: torch.Generator
+) -> list[Tensor]:
+    """x, and a selection for every copy."""
+    x = torch.randn(1, tokens, ffn.width, generator=generator)
+    return [x, *(selection(ffn, live, tokens, generator) for _ in range(copies))]
 
 
 def selection(ffn: RoutedFFN, live: int, tokens: int, generator: torch.Generator) -> Tensor:

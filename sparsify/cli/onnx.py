@@ -11,6 +11,7 @@ from sparsify.cli import checks, show
 from sparsify.cli.app import JsonFlag, QuietFlag, SavedArgument, app
 from sparsify.cli.progress import bars
 from sparsify.codegen.onnx import targets, write
+from sparsify.codegen.onnx.asked import counts
 
 
 @app.command()
@@ -53,6 +54,12 @@ def export(
     tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens of a call that auto times; 1 is decoding.")
     ] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Threads of ONNX Runtime that auto times; all cores if absent."
+        ),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -81,6 +88,9 @@ def export(
     """
     checks.fraction("--active", active)
     checks.at_least("--tokens", tokens, 1)
+    if threads is not None:
+        checks.at_least("--threads", threads, 1)
+    counts(tokens, threads, targets.routing(target, routing))
     targets.check(target, targets.routing(target, routing), opset, weights or "float32")
     checks.saved(saved)
     if write.is_folder(output):
@@ -100,6 +110,7 @@ def export(
             opset=opset,
             routing=routing,
             tokens=tokens,
+            threads=threads,
             weights=weights,
             external_data=True if external_data else None,
             check=not no_check,

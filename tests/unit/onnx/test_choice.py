@@ -13,14 +13,16 @@ import pytest
 import torch
 
 import sparsify
-from sparsify.codegen.onnx import choice, targets, timing, trace
+from sparsify.codegen.onnx import choice, live, targets, timing, trace
 from sparsify.codegen.onnx import export as exporting
+from sparsify.codegen.onnx.asked import Asked
 from sparsify.errors import BadInput, ParityFailed
 from sparsify.runtime import dial
 from sparsify.runtime.ffn import RoutedFFN
 from tests.contract.zoo_captures import captured
 
 pytest.importorskip("onnxruntime")
+AUTO = Asked("portable", "auto")
 MLP = "model.layers.{}.mlp"
 
 
@@ -41,26 +43,28 @@ def model() -> Any:
 
 
 def tell(monkeypatch: pytest.MonkeyPatch, **times: Sequence[float]) -> list[Any]:
-    """Let the timer say these milliseconds, at the fewest and the most live experts."""
+    """Let the timer say these milliseconds, at the fewest and the most live experts: by budget."""
     asked: list[Any] = []
 
-    def measured(ffn: RoutedFFN, ways: Sequence[str], lives: Sequence[int], *rest: int) -> Any:
-        asked.append((list(ways), list(lives), *rest))
+    def measured(ffn: RoutedFFN, ways: Sequence[str], lives: Sequence[int], of: Asked) -> Any:
+        asked.append((list(ways), list(lives), of))
         return [{way: times[way][at] for way in ways} for at in range(len(lives))]
 
     monkeypatch.setattr(timing, "measured", measured)
+    monkeypatch.setattr(live, "shares", lambda _: {})
     return asked
 
 
 def test_the_fastest_form_or_dense(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = tell(monkeypatch, dense=(10, 10), mask=(12, 12), branch=(6, 11), moe=(7, 10.5))
     before = {path: router.setting for path, router in dial.routers(model)}
-    with choice.chosen(model, "ort", "auto", tokens=3, threads=2) as how:
-        assert asked == [(["mask", "branch", "moe", "dense"], [2, 3], 3, 2)]
+    given = Asked("ort", "auto", tokens=3, threads=2)
+    with choice.chosen(model, given) as how:
+        assert asked == [(["mask", "branch", "moe", "dense"], [2, 3], given)]
         first, second = how.choices
         assert (first.path, first.way, second.way) == (MLP.format(0), "branch", "dense")
-        assert first.reason == "in branches (0.60x of the dense layer's time at 3 tokens in ONNX Runtime)"  # fmt: skip  # noqa: E501
-        assert second.reason == "dense (routed would take 1.05x of its time at 3 tokens in ONNX Runtime)"  # fmt: skip  # noqa: E501
+        assert first.reason == "in branches (0.60x of the dense layer's time at 3 tokens on 2 threads in ONNX Runtime)"  # fmt: skip  # noqa: E501
+        assert second.reason == "dense (routed would take 1.05x of its time at 3 tokens on 2 threads in ONNX Runtime)"  # fmt: skip  # noqa: E501
         assert [r.kind for r in (first.remark, second.remark)] == ["applied", "left"]
         graph = trace.formed(model, how.way, how.ways)
         assert trace.told(graph)["RoutedFFN in branches"] == 1
@@ -76,7 +80,7 @@ def test_layers_between_two_budgets_lie_on_a_line(
     routers = [r for p, r in dial.routers(model, pass_name="ffn-moe")]
     routers[0].set_active(0.5)
     routers[1].set_active(1.0)
-    with choice.chosen(model, "portable", "auto") as how:
+    with choice.chosen(model, AUTO) as how:
         assert [c.module for c in how.choices] == [f"{MLP.format(0)}.moe"]  # dense already
     assert choice._between([2, 3], [{"branch": 8.0}, {"branch": 12.0}], 2.25) == {"branch": 9.0}
     assert choice._between([2], [{"branch": 8.0}], 2.25) == {"branch": 8.0}
@@ -86,7 +90,7 @@ def test_no_gain_that_timing_cannot_tell_from_none(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tell(monkeypatch, dense=(10, 10), mask=(9.9, 9.9), branch=(9.8, 9.8))
-    with choice.chosen(model, "portable", "auto") as how:
+    with choice.chosen(model, AUTO) as how:
         assert {c.way for c in how.choices} == {"dense"}
 
 
@@ -101,9 +105,9 @@ def test_weights_that_are_not_one_have_no_dense_form(
         )  # fmt: skip
     model.set_active(0.5)
     asked = tell(monkeypatch, mask=(9, 9), branch=(8, 8))
-    with choice.chosen(model, "portable", "auto") as how:
+    with choice.chosen(model, AUTO) as how:
         assert asked[0][0] == ["mask", "branch"]
-        assert how.choices[0].reason == "in branches (the fastest of its forms at 1 token in ONNX Runtime; it has no dense one)"  # fmt: skip  # noqa: E501
+        assert how.choices[0].reason == "in branches (the fastest of its forms at 1 token on 1 thread in ONNX Runtime; it has no dense one)"  # fmt: skip  # noqa: E501
 
 
 def test_the_file_is_held_against_the_model_as_chosen(
@@ -139,11 +143,47 @@ def test_dials_come_back_after_an_error(
     assert model.active == before and list(tmp_path.iterdir()) == []
 
 
-def test_equal_reasons_are_one_line() -> None:
-    times = {"dense": 1.0, "mask": 2.0}
-    found = tuple(choice.Choice(f"{i}.mlp", f"{i}.mlp.moe", "dense", times, 1) for i in range(3))
-    (line,) = choice.told(found)
-    assert line.startswith("0.mlp and 2 more: dense (routed would take 2.00x")
+def test_layers_in_one_form_are_one_line() -> None:
+    def chose(path: str, way: str, routed: float) -> choice.Choice:
+        return choice.Choice(path, f"{path}.moe", way, {"dense": 1.0, "mask": routed}, AUTO)
+
+    found = (chose("0.mlp", "dense", 2), chose("1.mlp", "mask", 0.5), chose("2.mlp", "dense", 1.5),
+             chose("3.mlp", "dense", 1.75))  # fmt: skip
+    dense, mask = choice.told(found)
+    at = "at 1 token on 1 thread in ONNX Runtime"
+    assert dense == f"0.mlp and 2 more: dense (routed would take 1.50x to 2.00x of its time {at})"
+    assert mask == f"1.mlp: by masks (0.50x of the dense layer's time {at})"
+
+
+def test_layers_are_timed_with_the_experts_that_are_live_in_use(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tell(monkeypatch, dense=(10, 10), mask=(20, 20), branch=(8, 12))
+    shares = {f"{MLP.format(0)}.moe": 0.3, f"{MLP.format(1)}.moe": 0.9}
+    monkeypatch.setattr(live, "shares", lambda _: shares)
+    with choice.chosen(model, AUTO) as how:
+        assert asked[0][1] == [1, 4]  # by budgets 2 and 3
+        assert [c.way for c in how.choices] == ["branch", "dense"]
+        assert how.choices[0].to_dict()["live"] == 1.2
+
+
+def test_live_experts_are_counted_while_the_model_writes(model: Any) -> None:
+    """The budget's number where rules count, the counters as before, twice the same."""
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        model(ids)
+    before, settings = model.realised(), model.active
+    found = live.shares(model)
+    assert found[f"{MLP.format(0)}.moe"] == 0.5 and found[f"{MLP.format(1)}.moe"] == 0.75
+    assert live.shares(model) == found
+    assert model.realised() == before and model.active == settings
+
+
+def test_live_experts_of_other_models_are_told_by_budgets() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = sparsify.compile(captured("vit"), "ffn-moe{experts=4}", reproducer=None)
+    assert live.shares(other) == {}
 
 
 def test_what_is_not_on_offer() -> None:
@@ -154,15 +194,3 @@ def test_what_is_not_on_offer() -> None:
     assert targets.routing("ort", "branch") == "branch"
     with pytest.raises(BadInput, match="0 tokens"):
         compiled().export("never.onnx", tokens=0)
-
-
-def test_the_timer_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In ONNX Runtime, small: every form runs, at both budgets."""
-    monkeypatch.setattr(timing, "RUNS", 2)
-    monkeypatch.setattr(timing, "MOST", 2)
-    ffn = next(m for m in compiled().modules() if isinstance(m, RoutedFFN))
-    ffn = copy.deepcopy(ffn)
-    ffn.router.set_active(0.5)
-    few, many = timing.measured(ffn, ["branch", "dense"], [2, 3], 1, 1)
-    assert set(few) == set(many) == {"branch", "dense"} and min(few.values()) > 0
-    assert type(ffn) is RoutedFFN and not isinstance(ffn.router.threshold, torch.Tensor)

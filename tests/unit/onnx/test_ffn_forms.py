@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.codegen.onnx import form_ffn, moe, parity, timing, translate, write
+from sparsify.codegen.onnx import chain, form_ffn, moe, parity, timing, translate, write
 from sparsify.codegen.onnx.forms import into_forms
 from sparsify.codegen.onnx.trace import silenced
 from sparsify.runtime.calling import ModuleCall, Slot
@@ -216,7 +216,7 @@ def test_nothing_live_gives_what_is_left(exported: Path) -> None:
 def test_the_given_selection_is_what_is_timed() -> None:
     """The timed layer computes its own selection, and uses the one that it is told."""
     ffn = layer("top-k", shared=2, bias=True)
-    timed, generator = timing.alone(ffn, "branch"), torch.Generator().manual_seed(1)
+    timed, generator = chain.alone(ffn, "branch"), torch.Generator().manual_seed(1)
     x, given = draw(1, 4, WIDTH), timing.selection(ffn, 4, 4, generator)
     assert given.sum(-1).tolist() == [[4.0] * 4] and bool((given[..., :2] == 1).all())
     with torch.no_grad():
@@ -224,6 +224,6 @@ def test_the_given_selection_is_what_is_timed() -> None:
         expected = neurons @ ffn.down.flatten(0, 1) + ffn.down_bias
         assert float((timed(x, given) - expected).abs().max()) <= 1e-5
     assert type(ffn) is RoutedFFN and ffn.router.active == 0.5
-    dense = timing.alone(ffn, "dense")
+    dense = chain.alone(ffn, "dense")
     assert dense.ffn.router.active == 1.0 and ffn.router.active == 0.5
     assert dense.ffn.up.data_ptr() == ffn.up.data_ptr()
