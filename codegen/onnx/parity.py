@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsify.codegen.onnx.custom.files import beside
 from sparsify.codegen.onnx.names import input_names
 from sparsify.codegen.onnx.needs import need
 from sparsify.evidence import error_between
@@ -59,7 +60,7 @@ class Case:
 
 
 def session(path: Path, *, threads: int = 1, float32: bool = False, spin: bool = True) -> Any:
-    """An ONNX Runtime session on the CPU.
+    """An ONNX Runtime session on the CPU, with the file's own operators where it has some.
 
     Args:
         float32: products with weights in 4 or 8 bits are computed in float32; without it ONNX
@@ -75,6 +76,9 @@ def session(path: Path, *, threads: int = 1, float32: bool = False, spin: bool =
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if float32:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    library, _ = beside(path)
+    if library.exists():
+        options.register_custom_ops_library(str(library))
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -133,7 +133,7 @@ def _file(ffn: RoutedFFN, way: str, folder: Path) -> Path:
         program = torch.export.export(timed, example, dynamic_shapes=free, strict=False)
     slots = tuple(Slot(n, (1, None, e.shape[2])) for n, e in zip(NAMES, example, strict=True))
     call = ModuleCall(slots, NAMES, {}, {"kind": "tensor"})
-    made = translate.translated(program, call, OPSET, "ort")
+    made = translate.translated(program, call, OPSET, "ort-custom")
     folder.mkdir()
     return write.write(made, folder / "layer.onnx", external=None, force=False)[0]
 
