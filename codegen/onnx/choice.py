@@ -20,6 +20,7 @@ import torch
 from sparsify.codegen.elementwise import canonical
 from sparsify.codegen.onnx import timing
 from sparsify.codegen.onnx.form_ffn import ways
+from sparsify.codegen.onnx.targets import OFFERED
 from sparsify.codegen.onnx.trace import HOW
 from sparsify.codegen.plan import working
 from sparsify.core import Remark
@@ -97,12 +98,12 @@ def chosen(
 
     Args:
         tokens: of a timed call; threads: of ONNX Runtime there, None = as many as torch has.
-        moe: whether ONNX Runtime's operator may be taken; it reads no codes.
+        moe: whether operators for whole layers may be taken; they read no codes.
     """
     if routing != "auto":
         yield Chosen(routing)
         return
-    offered = ("mask", "branch", "moe") if target == "ort" and moe else ("mask", "branch")
+    offered = tuple(way for way in OFFERED[target] if moe or way not in ("moe", "custom"))
     found = choices(model, offered, tokens, threads or torch.get_num_threads())
     layers = dict(model.graph.named_modules())
     with dial.kept(model):

@@ -14,7 +14,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsify.codegen.cpu.build import FAST, SHARED, BuildFailed, Compiler, NoCompiler, compiler, run
+from sparsify.codegen.cpu.build import (
+    FAST,
+    SHARED,
+    BuildFailed,
+    Compiler,
+    NoCompiler,
+    compiler,
+    run,
+)
 from sparsify.codegen.onnx.custom.source import WIDTHS, Kind, source
 from sparsify.codegen.store import store
 
@@ -25,6 +33,11 @@ VECTORS = {  # LANES -> flags; operator.c asks the processor for the same
     16: ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
 }
 X86 = ("x86_64", "AMD64")
+
+
+def check() -> None:
+    """NoCompiler where none is there."""
+    _compiler()
 
 
 def library(kinds: Sequence[Kind]) -> tuple[str, bytes]:

@@ -6,7 +6,7 @@
  */
 #define SHARES 64
 #define FEWEST 64   /* neurons of a run */
-#define FEW 8       /* tokens, at most, that few_tokens() is faster for */
+#define FEW 16       /* tokens, at most, that few_tokens() is faster for */
 #define ALONE_BELOW 32768 /* weights to read: handing out work takes microseconds */
 
 typedef struct {
