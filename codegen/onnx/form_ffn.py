@@ -171,9 +171,8 @@ class FfnForm(RoutedFFN):
         names = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
         tensors: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
         if type(self)._modulated is not RoutedFFN._modulated:
-            return self._finished(
-                layer.marked(x, select, tensors, self.activation), select, live, scores
-            )
+            y = layer.marked(x, select, tensors, self.activation)
+            return self._finished(y, select, live, scores)
         if self.stand_in is not None:
             absent = self.stand_in.new_zeros(self.first, self.width)
             tensors["dropped"] = torch.cat([absent, self.stand_in])

@@ -105,6 +105,12 @@ static int many_tokens(ffn *a, const call *c)
     return failed;
 }
 
+/* what is kept for the next call, when the library goes */
+__attribute__((destructor)) static void release(void)
+{
+    for (int i = 0; i < (int)(sizeof kept / sizeof *kept); i++) free(kept[i]);
+}
+
 #define JOINED(kind, lanes) routed_##kind##_##lanes
 #define ENTRY(kind, lanes) JOINED(kind, lanes)
 
