@@ -111,7 +111,8 @@ def chosen(
         if dense:
             turned = {part: 1.0 for ffn in dense for part in timing.dials(ffn)}
             dial.set_each(model, turned)
-        yield Chosen("mask", {c.module: c.way for c in found}, found)
+        rest = "custom" if "custom" in offered else "mask"
+        yield Chosen(rest, {c.module: c.way for c in found}, found)
 
 
 def choices(

@@ -29,10 +29,13 @@ ORT(86, get_int64, (ort_table api, const void *kernel, const char *name, int64_t
 ORT(88, input_count, (ort_table api, void *context, size_t *count), (context, count), void *, size_t *)
 ORT(90, get_input, (ort_table api, void *context, size_t place, void **value), (context, place, value), void *, size_t, void **)
 ORT(91, get_output, (ort_table api, void *context, size_t place, const int64_t *sizes, size_t count, void **value), (context, place, sizes, count, value), void *, size_t, const int64_t *, size_t, void **)
+ORT(213, create_op, (ort_table api, const void *kernel, const char *name, const char *domain, int version, const char **constraints, const int *types, int constrained, const void *attributes, int count, int inputs, int outputs, void **made), (kernel, name, domain, version, constraints, types, constrained, attributes, count, inputs, outputs, made), const void *, const char *, const char *, int, const char **, const int *, int, const void *, int, int, int, void **)
+ORT(214, invoke_op, (ort_table api, void *context, const void *op, const void *const *in, int inputs, void *const *out, int outputs), (context, op, in, inputs, out, outputs), void *, const void *, const void *const *, int, void *const *, int)
 ORT(268, inferred_input, (ort_table api, void *inference, size_t place, void **info), (inference, place, info), void *, size_t, void **)
 ORT(270, infer_output, (ort_table api, void *inference, size_t place, void *info), (inference, place, info), void *, size_t, void *)
 ORT(274, parallel_for, (ort_table api, void *context, void (*f)(void *, size_t), size_t total, size_t batches, void *data), (context, f, total, batches, data), void *, void (*)(void *, size_t), size_t, size_t, void *)
 static inline void release_status(ort_table api, void *status) { ((void (*)(void *))api[93])(status); }
+static inline void release_op(ort_table api, void *op) { ((void (*)(void *))api[215])(op); }
 static inline void release_shape(ort_table api, void *info) { ((void (*)(void *))api[99])(info); }
 
 enum { FAIL = 1, INVALID_ARGUMENT = 2 }; /* codes of a status */

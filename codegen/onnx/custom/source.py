@@ -1,8 +1,9 @@
 """The C source of a library of operators: our CPU kernels, and what ONNX Runtime calls.
 
 One text for all that is compiled of it. Without ``LANES`` it is the registration; with ``LANES``
-(floats of a vector: 4, 8, 16) and ``KIND`` it is one kernel of one kind of layer. A kind is an
-activation, with a gate or without; sizes are attributes of the nodes and shapes of their inputs.
+(floats of a vector: 4, 8, 16) and ``KIND`` it is one kernel. Kinds are routed feed-forward layers,
+by their activation, with a gate or without, and the product that skips rows; sizes are attributes
+of the nodes and shapes of their inputs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _HERE = Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What is compiled in.
+    """What is compiled in: a routed layer of one kind, or :data:`PRODUCT`.
 
     Attributes:
         gated: the activation is of (up, gate), else of (up,).
@@ -40,36 +41,49 @@ class Kind:
         return Kind(len(activation.inputs) == 2, c_source(activation))
 
     @property
+    def macro(self) -> str:
+        """Of the operator's side in C."""
+        return "LAYER" if self.act else "PRODUCT"
+
+    @property
     def name(self) -> str:
         """Of the operator: other code has another, so a file never meets a wrong library."""
+        if not self.act:
+            return "SkippingMatMul"
         return f"RoutedFFN_{hashlib.sha256(repr(self).encode()).hexdigest()[:12]}"
+
+
+PRODUCT = Kind(False, "")
 
 
 def source(kinds: Sequence[Kind]) -> str:
     """The text."""
+    layers = [(i, k) for i, k in enumerate(kinds) if k is not PRODUCT]
+    products = [i for i, k in enumerate(kinds) if k is PRODUCT]
     return "\n".join(
         [
             _text("call.h"),
             "#ifndef LANES",
-            _text("ort_api.h"),
+            *(_text(name) for name in ("ort_api.h", "operator.c", "layer_op.c", "product_op.c")),
             _listed(kinds),
-            _text("operator.c"),
+            _text("register.c"),
             "#else",
             "#define VALUE_FLOAT32 1",
-            *(f"#{'if' if i == 0 else 'elif'} LANES == {n}\n{sizes(n)}" for i, n in _widths()),
-            "#endif",
-            *(f"#{_if(i)} KIND == {i}\n{kind(gated=k.gated)}" for i, k in enumerate(kinds)),
-            "#endif",
+            _either("LANES", [(n, sizes(n)) for n in WIDTHS]),
             part("vectors.h"),
+            *(
+                f"#if KIND == {i}\n{part('rows.c')}\n{_text('product_kernel.c')}#else"
+                for i in products
+            ),
+            _either("KIND", [(i, kind(gated=k.gated)) for i, k in layers]),
             ELEMENTARY,
-            *(f"#{_if(i)} KIND == {i}\n{k.act}" for i, k in enumerate(kinds)),
-            "#endif",
+            _either("KIND", [(i, k.act) for i, k in layers]),
             part("totals.h"),
-            *(f"#{_if(i)} LANES == {n}\n{tiles(n)}" for i, n in _widths()),
-            "#endif",
+            _either("LANES", [(n, tiles(n)) for n in WIDTHS]),
             part("ffn.c"),
             part("prefill.c"),
-            _text("share.c"),
+            _text("layer_kernel.c"),
+            *("#endif" for _ in products),
             "#endif",
             "",
         ]
@@ -77,19 +91,17 @@ def source(kinds: Sequence[Kind]) -> str:
 
 
 def _listed(kinds: Sequence[Kind]) -> str:
-    """Names and kernels, for operator.c."""
+    """Operators and kernels, for register.c."""
     lines = [f"kernel_of routed_{i}_{n};" for i in range(len(kinds)) for n in WIDTHS]
-    names = " ".join(f'NAMED("{k.name}")' for k in kinds)
+    names = " ".join(f'{k.macro}("{k.name}")' for k in kinds)
     kernels = ", ".join(f"routed_{i}_##lanes" for i in range(len(kinds)))
     return "\n".join([*lines, f"#define NAMES {names}", f"#define KERNELS(lanes) {kernels}"])
 
 
-def _widths() -> list[tuple[int, int]]:
-    return list(enumerate(WIDTHS))
-
-
-def _if(i: int) -> str:
-    return "elif" if i else "if"
+def _either(name: str, texts: Sequence[tuple[int, str]]) -> str:
+    """The text of the value that ``name`` has."""
+    lines = [f"#{'elif' if i else 'if'} {name} == {v}\n{t}" for i, (v, t) in enumerate(texts)]
+    return "\n".join([*lines, "#endif"] if lines else [])
 
 
 def _text(file: str) -> str:

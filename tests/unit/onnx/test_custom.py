@@ -18,7 +18,7 @@ from sparsify.codegen.cpu.build import NoCompiler
 from sparsify.codegen.onnx import parity, write
 from sparsify.codegen.onnx.custom import build
 from sparsify.codegen.onnx.custom.files import beside, known
-from sparsify.codegen.onnx.custom.source import Kind
+from sparsify.codegen.onnx.custom.source import PRODUCT, Kind
 from sparsify.errors import BadInput, OutputError
 from tests.unit.onnx.models import llama, needs_compiler
 from tests.unit.runtime.examples import SILU
@@ -198,6 +198,67 @@ def test_an_older_runtime_is_told(file: Path) -> None:
     register.argtypes, register.restype = (ctypes.c_void_p, ctypes.c_void_p), ctypes.c_void_p
     assert register(None, ctypes.addressof(base))
     assert said == [b"this library of operators needs ONNX Runtime 1.17 or later, not 1.16.3"]
+
+
+# ------------------------------------------------------------------------------------- products
+
+
+@pytest.fixture(scope="module")
+def two_products(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """x (..., 50) -> x @ a (50, 33), x @ b (50, 3000); the matrices."""
+    needs_compiler()
+    draw, kinds = np.random.default_rng(0), ir.TensorType(ir.DataType.FLOAT)
+    a, b = (draw.standard_normal((50, n)).astype(np.float32) for n in (33, 3000))
+    x = ir.Value(name="x", shape=ir.Shape(["B", "T", 50]), type=kinds)
+    held = [ir.Value(name=n, const_value=ir.tensor(t, name=n)) for n, t in (("a", a), ("b", b))]
+    nodes = [ir.node(known(PRODUCT), [x, matrix], domain="sparsify") for matrix in held]
+    for node, name in zip(nodes, ("y", "z"), strict=True):
+        node.outputs[0].name, node.outputs[0].type = name, kinds
+    graph = ir.Graph(
+        [x], [node.outputs[0] for node in nodes], nodes=nodes, initializers=held,
+        opset_imports={"": 20, "sparsify": 1},
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("product") / "product.onnx"
+    write.write(ir.Model(graph, ir_version=10), path, external=None, force=False)
+    return path, a, b
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_skip_zeros(two_products: tuple[Path, Any, Any], threads: int) -> None:
+    path, *matrices = two_products
+    running, draw = parity.session(path, threads=threads), np.random.default_rng(2)
+    for tokens in (1, 2, 8, 9, 100, 0):
+        x = draw.standard_normal((2, tokens, 50)) * (draw.random((2, tokens, 50)) < 0.4)
+        x[:, 1:2] = 0
+        for found, matrix in zip(
+            running.run(None, {"x": x.astype(np.float32)}), matrices, strict=True
+        ):
+            wanted = x @ matrix.astype(np.float64)
+            assert found.shape == wanted.shape
+            assert not wanted.size or np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_products_read_no_rows_of_zeros_and_keep_what_is_no_number(tmp_path: Path) -> None:
+    needs_compiler()
+    kinds = ir.TensorType(ir.DataType.FLOAT)
+    x, matrix = (
+        ir.Value(name=name, shape=ir.Shape([None, None]), type=kinds) for name in ("x", "matrix")
+    )
+    node = ir.node(known(PRODUCT), [x, matrix], domain="sparsify")
+    node.outputs[0].name, node.outputs[0].type = "y", kinds
+    imports = {"": 20, "sparsify": 1}
+    graph = ir.Graph([x, matrix], node.outputs, nodes=[node], opset_imports=imports)
+    write.write(ir.Model(graph, ir_version=10), tmp_path / "a.onnx", external=None, force=False)
+    running = parity.session(tmp_path / "a.onnx")
+    rows, dead = np.ones((40, 8), np.float32), np.ones((3, 40), np.float32)
+    dead[:, 7] = 0
+    rows[7] = np.inf  # in a sum this would be NaN
+    assert np.array_equal(running.run(None, {"x": dead, "matrix": rows})[0], np.full((3, 8), 39.0))
+    dead[1, 3] = np.nan
+    found = running.run(None, {"x": dead, "matrix": rows})[0]
+    assert np.isnan(found[1]).all() and np.array_equal(found[0], np.full(8, 39.0))
+    with pytest.raises(Exception, match="sizes of a product's inputs do not fit"):
+        running.run(None, {"x": dead, "matrix": rows[:5]})
 
 
 # ---------------------------------------------------------------------------------- as a target
