@@ -27,7 +27,7 @@ from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.router import Router
 
 RESULTS = Path(__file__).parent / "results" / "onnx-ffn.json"
-WAYS = ("dense", "mask", "branch", "moe")
+WAYS = ("dense", "mask", "branch", "moe", "custom")
 
 
 def main() -> None:

@@ -246,11 +246,13 @@ class SparseModel(nn.Module):
             path: the file, ``model.onnx``; or a folder, one that is there or with a slash at the
                 end, for ``model.onnx`` and what Optimum and onnxruntime-genai read beside it.
             options: ``target`` (``portable``: the standard's operators only; ``ort``: ONNX
-                Runtime's own too), ``opset``, ``external_data`` (weights in a file beside it; by
+                Runtime's own too; ``ort-custom``: and ours, from a library that a C compiler builds
+                beside the file), ``opset``, ``external_data`` (weights in a file beside it; by
                 itself above 2 GiB), ``routing`` (``mask``: dead units are set to zero; ``branch``:
-                experts that no token uses are not run; ``moe``: ``ort``'s operator; ``auto``: the
-                fastest by measurement, or dense where none is faster, in calls of ``tokens`` tokens
-                on ``threads`` threads of ONNX Runtime, by itself as many as torch has),
+                experts that no token uses are not run; ``moe``: ``ort``'s operator; ``custom``:
+                ours; ``auto``: the fastest by measurement, or dense where none is faster, in calls
+                of ``tokens`` tokens on ``threads`` threads of ONNX Runtime, by itself as many as
+                torch has),
                 ``weights`` (how matrices are stored: ``float32``, ``float16``, ``bfloat16``,
                 ``int8`` or ``int4``; by itself as the model has them), ``check`` (hold the file
                 against the model, in ONNX Runtime), ``force`` (replace a file), ``progress``.

@@ -70,7 +70,7 @@ def compiler() -> Compiler:
 def _compiler(chosen: str | None, path: str | None) -> Compiler:
     for command in [shlex.split(chosen)] if chosen else [[name] for name in COMPILERS]:
         if command and shutil.which(command[0], path=path):
-            said = _run([*command, "--version"])
+            said = run([*command, "--version"])
             if not said.returncode:
                 return Compiler(tuple(command), said.stdout.strip())
     tried = f"CC={chosen}" if chosen else ", ".join(COMPILERS)
@@ -123,7 +123,7 @@ def compiled(source: str, made_by: Compiler, kept: Store) -> bytes:
         first = ""
         for variant in VARIANTS:
             flags = (*SHARED, *FAST, *variant)
-            said = _run([*made_by.command, *flags, "-o", str(out), str(code), "-lm"])
+            said = run([*made_by.command, *flags, "-o", str(out), str(code), "-lm"])
             if not said.returncode:
                 if variant != VARIANTS[0]:
                     lost = " ".join(f for f in VARIANTS[0] if f not in variant)
@@ -139,7 +139,8 @@ def compiled(source: str, made_by: Compiler, kept: Store) -> bytes:
     )
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command and what it said; exit code 1 where it cannot be run, or takes too long."""
     env = {**os.environ, "LC_ALL": "C"}
     try:
         return subprocess.run(

@@ -67,11 +67,13 @@ def part(file: str) -> str:
 
 
 def source(name: str, dtype: torch.dtype, int8: bool = False) -> str:
-    """The C source of ``<name>.c`` for values of ``dtype`` on this machine."""
+    """The C source of ``<name>.c``, and ``<name>_threads.c`` where there is one, for values of
+    ``dtype`` on this machine."""
     lines = [f"#define LANES {machine().lanes}", f"#define {DTYPES[dtype]}"]
     if int8:
         lines.append("#define WEIGHT_INT8")
-    return "\n".join([*lines, part("vectors.h"), part(f"{name}.c")])
+    rest = [part(f"{name}_threads.c")] if (_HERE / f"{name}_threads.c").exists() else []
+    return "\n".join([*lines, part("vectors.h"), part(f"{name}.c"), *rest])
 
 
 def function(

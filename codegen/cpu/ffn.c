@@ -5,6 +5,7 @@
  *            reads each of its rows once for all tokens, and adds to sums of its own.
  *   prefill  many tokens: prefill.c
  *
+ * This is what a thread does; ffn_threads.c, or whoever else has threads, shares it out.
  * vectors.h and the tiles (tiles.py) are above this text, and so are GATED, THIN and ACT.
  */
 typedef struct {
@@ -226,104 +227,104 @@ static void keep_live(const ffn *a, int64_t row, int64_t size, const float *h, f
     }
 }
 
-int64_t few(ffn *a)
+/* What few() knows of the live experts: their tokens (group), and where their neurons begin among
+ * all live ones, of which there are `work`. */
+typedef struct { int64_t *first, *start, work; int32_t *token; } lives_of;
+
+static void forget(lives_of *p) { free(p->first); free(p->start); free(p->token); }
+
+/* Room for it; 0 where there is none. */
+static int room_for(const ffn *a, lives_of *p)
+{
+    p->first = malloc(sizeof(int64_t) * (a->N + 1));
+    p->start = malloc(sizeof(int64_t) * (a->N + 1));
+    p->token = malloc(sizeof(int32_t) * (a->T * a->N + 1));
+    p->work = 0;
+    if (p->first && p->start && p->token) return 1;
+    forget(p);
+    return 0;
+}
+
+static void look(ffn *a, lives_of *p)
+{
+    a->live = group(a, p->first, p->token);
+    for (int64_t e = 0; e < a->N; e++) { /* neurons of live experts before e */
+        p->start[e] = p->work;
+        if (p->first[e + 1] > p->first[e]) p->work += a->m;
+    }
+    p->start[a->N] = p->work;
+}
+
+/* Adds to mine (T, D) what the live neurons lo to hi give; returns how many of THIN were live. */
+static int64_t live_range(const ffn *a, const lives_of *p, int64_t lo, int64_t hi, float *mine)
 {
     int64_t T = a->T, N = a->N, m = a->m, D = a->D, thin = 0;
-    int threads = (int)a->threads;
-    float *parts = malloc(sizeof(float) * threads * T * D);
-    int64_t *first = malloc(sizeof(int64_t) * (N + 1)), *start = malloc(sizeof(int64_t) * (N + 1));
-    int32_t *token = malloc(sizeof(int32_t) * (T * N + 1));
-    int64_t work = 0;
-    if (!parts || !first || !start || !token) { free(parts); free(first); free(start); free(token); return -1; }
-#pragma omp parallel num_threads(threads) reduction(+ : thin)
-    {
-        int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
-        if (a->router) {
-            score(a, a->R * id / n, a->R * (id + 1) / n);
-#pragma omp barrier
-        }
-#pragma omp single
-        {
-            if (a->router) choose(a);
-            a->live = group(a, first, token);
-            for (int64_t e = 0; e < N; e++) { /* neurons of live experts before e */
-                start[e] = work;
-                if (first[e + 1] > first[e]) work += m;
+    const int64_t *first = p->first, *start = p->start;
+    float g[T * CHUNK], u[T * CHUNK], c[T][BLOCK], *y[T];
+    pending left[THIN ? T : 1];
+    for (int64_t t = 0; t < (THIN ? T : 1); t++) left[t].n = 0;
+    for (int64_t e = 0; e < N; e++) {
+        int64_t count = first[e + 1] - first[e];
+        if (!count || start[e] + m <= lo || start[e] >= hi) continue;
+        int64_t from = lo > start[e] ? lo - start[e] : 0, to = hi < start[e] + m ? hi - start[e] : m;
+        const int32_t *who = p->token + first[e];
+        for (int64_t t = 0; t < count; t++) y[t] = mine + who[t] * D;
+        for (int64_t j = from; j < to; j += CHUNK) {
+            int64_t size = to - j < CHUNK ? to - j : CHUNK, row = e * m + j, then = row + CHUNK;
+            const weight_t *rows[BLOCK], *after[BLOCK];
+            if (j + CHUNK >= to) { /* the next live expert's, or what is read already */
+                int64_t o = e + 1;
+                while (o < N && first[o + 1] == first[o]) o++;
+                then = o < N && start[o] < hi ? o * m : row;
             }
-            start[N] = work;
-        }
-        float *mine = parts + id * T * D;
-        memset(mine, 0, sizeof(float) * T * D);
-        int64_t lo = work * id / n, hi = work * (id + 1) / n;
-        float g[T * CHUNK], u[T * CHUNK], c[T][BLOCK], *y[T];
-        pending left[THIN ? T : 1];
-        for (int64_t t = 0; t < (THIN ? T : 1); t++) left[t].n = 0;
-        for (int64_t e = 0; e < N; e++) {
-            int64_t count = first[e + 1] - first[e];
-            if (!count || start[e] + m <= lo || start[e] >= hi) continue;
-            int64_t from = lo > start[e] ? lo - start[e] : 0, to = hi < start[e] + m ? hi - start[e] : m;
-            const int32_t *who = token + first[e];
-            for (int64_t t = 0; t < count; t++) y[t] = mine + who[t] * D;
-            for (int64_t j = from; j < to; j += CHUNK) {
-                int64_t size = to - j < CHUNK ? to - j : CHUNK, row = e * m + j, then = row + CHUNK;
-                const weight_t *rows[BLOCK], *after[BLOCK];
-                if (j + CHUNK >= to) { /* the next live expert's, or what is read already */
-                    int64_t o = e + 1;
-                    while (o < N && first[o + 1] == first[o]) o++;
-                    then = o < N && start[o] < hi ? o * m : row;
-                }
-                if (THIN) { /* rows of down are read a chunk later: by then they are known, and fetched */
-                    pending *p = left + who[0];
-                    gate_rows(a, then, N * m - then, rows);
-                    neurons(a, who, count, row, size, p->n >= BLOCK ? p->row : rows, g, u);
-                    for (int64_t i = 0; i < count * CHUNK; i++) u[i] = ACT(u[i], g[i]);
-                    for (int64_t t = 0; t < count; t++) {
-                        p = left + who[t];
-                        p->y = y[t];
-                        settle(p, rows, 0, D);
-                        int64_t before = p->n;
-                        keep_live(a, row, size, u + t * CHUNK, a->select[who[t] * N + e], p);
-                        thin += p->n - before;
-                    }
-                    continue;
-                }
-                down_rows(a, row, size, after);
-                neurons(a, who, count, row, size, after, g, u);
+            if (THIN) { /* rows of down are read a chunk later: by then they are known, and fetched */
+                pending *q = left + who[0];
+                gate_rows(a, then, N * m - then, rows);
+                neurons(a, who, count, row, size, q->n >= BLOCK ? q->row : rows, g, u);
                 for (int64_t i = 0; i < count * CHUNK; i++) u[i] = ACT(u[i], g[i]);
-                for (int64_t b = 0; b < size; b += BLOCK) {
-                    int64_t some = MIN(BLOCK, size - b), at = row + b;
-                    down_rows(a, at, some, rows);
-                    if (b + BLOCK < size) down_rows(a, at + BLOCK, size - b - BLOCK, after);
-                    else gate_rows(a, then, N * m - then, after);
-                    for (int64_t t = 0; t < count; t++)
-                        for (int64_t i = 0; i < some; i++)
-                            c[t][i] = u[t * CHUNK + b + i] * a->select[who[t] * N + e]
-                                      * (a->down_scale ? a->down_scale[at + i] : 1.0f);
-                    add_block(y, c, count, rows, some, after, D);
+                for (int64_t t = 0; t < count; t++) {
+                    q = left + who[t];
+                    q->y = y[t];
+                    settle(q, rows, 0, D);
+                    int64_t before = q->n;
+                    keep_live(a, row, size, u + t * CHUNK, a->select[who[t] * N + e], q);
+                    thin += q->n - before;
                 }
+                continue;
             }
-        }
-        if (THIN)
-            for (int64_t t = 0; t < T; t++)
-                if (left[t].n) settle(left + t, left[t].row, 1, D);
-        /* what stands in for dead experts, and THIN's offsets of live ones */
-        int64_t shared = N - a->R, at = 0;
-        for (int64_t t = 0; t < T; t++)
-            for (int64_t e = 0; e < N; e++) {
-                float share = a->select[t * N + e];
-                const float *row = share == 0.0f ? a->dropped : (THIN ? a->offset : NULL);
-                if (row && at++ % n == id) add_floats(mine + t * D, share == 0.0f ? 1.0f : share, row + e * D, D);
-                if (share == 0.0f && a->slopes && e >= shared && at++ % n == id)
-                    add_floats(mine + t * D, a->scores[t * a->R + e - shared], a->slopes + (e - shared) * D, D);
+            down_rows(a, row, size, after);
+            neurons(a, who, count, row, size, after, g, u);
+            for (int64_t i = 0; i < count * CHUNK; i++) u[i] = ACT(u[i], g[i]);
+            for (int64_t b = 0; b < size; b += BLOCK) {
+                int64_t some = MIN(BLOCK, size - b), at = row + b;
+                down_rows(a, at, some, rows);
+                if (b + BLOCK < size) down_rows(a, at + BLOCK, size - b - BLOCK, after);
+                else gate_rows(a, then, N * m - then, after);
+                for (int64_t t = 0; t < count; t++)
+                    for (int64_t i = 0; i < some; i++)
+                        c[t][i] = u[t * CHUNK + b + i] * a->select[who[t] * N + e]
+                                  * (a->down_scale ? a->down_scale[at + i] : 1.0f);
+                add_block(y, c, count, rows, some, after, D);
             }
-#pragma omp barrier
-        for (int64_t k = T * D * id / n; k < T * D * (id + 1) / n; k++) {
-            float s = a->down_bias ? a->down_bias[k % D] : 0.0f;
-            for (int64_t i = 0; i < n; i++) s += parts[i * T * D + k];
-            a->y[k] = s;
         }
     }
-    a->thin = thin;
-    free(parts); free(first); free(start); free(token);
-    return 0;
+    if (THIN)
+        for (int64_t t = 0; t < T; t++)
+            if (left[t].n) settle(left + t, left[t].row, 1, D);
+    return thin;
+}
+
+/* Adds to mine (T, D) every nth part, from `id` on, of what stands in for dead experts, and of
+ * THIN's offsets of live ones. */
+static void stand_ins(const ffn *a, int64_t id, int64_t n, float *mine)
+{
+    int64_t T = a->T, N = a->N, D = a->D, shared = N - a->R, at = 0;
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t e = 0; e < N; e++) {
+            float share = a->select[t * N + e];
+            const float *row = share == 0.0f ? a->dropped : (THIN ? a->offset : NULL);
+            if (row && at++ % n == id) add_floats(mine + t * D, share == 0.0f ? 1.0f : share, row + e * D, D);
+            if (share == 0.0f && a->slopes && e >= shared && at++ % n == id)
+                add_floats(mine + t * D, a->scores[t * a->R + e - shared], a->slopes + (e - shared) * D, D);
+        }
 }

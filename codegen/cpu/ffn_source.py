@@ -7,6 +7,8 @@ not, so the layers of one model share one kernel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from sparsify.codegen.cpu.call import DTYPES, part
@@ -59,29 +61,44 @@ def source(activation: Program, *, gated: bool, weights: torch.dtype, thin: bool
         weights: float32, bfloat16 or int8 (which has scales).
     """
     lanes = machine().lanes
-    tile = 8 if lanes == 16 else 4
+    head = [f"#define LANES {lanes}", f"#define {DTYPES.get(weights, DTYPES[torch.float32])} 1"]
+    head += ["#define WEIGHT_INT8 1"] if weights == torch.int8 else []
+    head += [sizes(lanes), kind(gated=gated, thin=thin), part("vectors.h"), ELEMENTARY]
+    parts = [*head, c_source(activation), part("totals.h"), tiles(lanes)]
+    return "\n".join([*parts, part("ffn.c"), part("prefill.c"), part("ffn_threads.c")])
+
+
+def kind(*, gated: bool, thin: bool = False) -> str:
+    """Macros that say what the layer is, above everything but ``LANES`` and the dtype."""
     switches = {
-        "LANES": lanes,
-        DTYPES.get(weights, DTYPES[torch.float32]): 1,
         "GATED": int(gated),
-        "TILE": tile,  # weight rows of few()'s tiles
-        "ROWS": tile // 2 if gated else tile,  # their neurons
+        "ROWS": "(TILE / 2)" if gated else "TILE",  # neurons of few()'s tiles
         "THIN": int(thin),
-        **_tiling(lanes),
         "ACT(up, gate)": "act(up, gate)" if gated else "act(up)",
     }
-    if weights == torch.int8:
-        switches["WEIGHT_INT8"] = 1
-    head = "\n".join(f"#define {name} {value}" for name, value in switches.items())
-    tiles = [dots(tokens, tile) for tokens in (1, 2, 3)]
+    return _defined(switches)
+
+
+def sizes(lanes: int) -> str:
+    """Macros that say how the kernels are tiled for vectors of ``lanes`` floats."""
+    tile = 8 if lanes == 16 else 4  # weight rows of few()'s tiles
+    return _defined({"TILE": tile, **_tiling(lanes)})
+
+
+def tiles(lanes: int) -> str:
+    """The tiles for vectors of ``lanes`` floats, after totals.h."""
+    tile = 8 if lanes == 16 else 4
+    made = [dots(tokens, tile) for tokens in (1, 2, 3)]
     if lanes == 16:  # 32 registers
-        tiles += [spread(8, 2), spread(8, 1), dots(1, 8, packed=True), dots(2, 8, packed=True)]
+        made += [spread(8, 2), spread(8, 1), dots(1, 8, packed=True), dots(2, 8, packed=True)]
     else:
-        tiles += [spread(6, 2), spread(12, 1), dots(1, 12, packed=True)]
-    tiles += [outer(tokens, 2) for tokens in range(1, _tiling(lanes)["OUTER"] + 1)]
-    parts = [head, part("vectors.h"), ELEMENTARY, c_source(activation)]
-    parts += [part("totals.h"), *tiles]
-    return "\n".join([*parts, part("ffn.c"), part("prefill.c")])
+        made += [spread(6, 2), spread(12, 1), dots(1, 12, packed=True)]
+    made += [outer(tokens, 2) for tokens in range(1, _tiling(lanes)["OUTER"] + 1)]
+    return "\n".join(made)
+
+
+def _defined(switches: Mapping[str, object]) -> str:
+    return "\n".join(f"#define {name} {value}" for name, value in switches.items())
 
 
 def _tiling(lanes: int) -> dict[str, int]:

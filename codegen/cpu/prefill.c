@@ -24,22 +24,6 @@
 #define SOON 16             /* neurons whose h is asked for before it is written */
 #define RUN 128             /* neurons of a tile of down, at most: half of the first cache */
 
-/* select from scores, tokens shared out over the threads */
-int64_t routes(ffn *a)
-{
-    int64_t T = a->T;
-#pragma omp parallel num_threads((int)a->threads)
-    {
-        int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
-        ffn part = *a;
-        part.T = T * (id + 1) / n - T * id / n;
-        part.select += T * id / n * a->N;
-        part.scores += T * id / n * a->R;
-        choose(&part);
-    }
-    return 0;
-}
-
 /* Room for floats, in whole cache lines: vectors must not cross their edges. One of a size is kept
  * for the next call: the system would take its pages back, and give new ones one by one. */
 typedef struct { size_t bytes; } room;
@@ -310,79 +294,67 @@ static void columns(const ffn *a, const live *of, int64_t lives, const int64_t *
 
 static int64_t blocks_of(int64_t n) { return n / BATCH * BLOCKS(BATCH) + BLOCKS(n % BATCH); }
 
-static int64_t slice(ffn *a)
+/* A slice of tokens: its live experts and their hidden numbers, cut into items of work. */
+typedef struct {
+    int64_t *first, lives, chunks, each, strips, wide, own;
+    int32_t *token;
+    live *of;
+    float *h;
+} plan_of;
+
+static void drop(plan_of *p) { free(p->first); free(p->token); free(p->of); give_back(0, p->h); }
+
+/* 0 where there is no memory. */
+static int divide(ffn *a, plan_of *p, int64_t threads)
 {
     int64_t T = a->T, N = a->N, m = a->m, D = a->D, lives = 0, size = 0;
-    int64_t *first = malloc(sizeof(int64_t) * (N + 1));
-    int32_t *token = malloc(sizeof(int32_t) * (T * N + 1));
-    live *of = malloc(sizeof(live) * N);
-    float *h = NULL;
-    int failed = !first || !token || !of;
-    if (!failed) {
-        a->live = group(a, first, token);
-        for (int64_t e = 0; e < N; e++) { /* those with most tokens first: the last items are small */
-            int64_t count = first[e + 1] - first[e], i = lives;
-            if (!count) continue;
-            for (; i > 0 && of[i - 1].count < count; i--) of[i] = of[i - 1];
-            of[i] = (live){e, count, NULL};
-            lives++;
-        }
-        for (int64_t i = 0; i < lives; i++) size += blocks_of(of[i].count) * m * WIDE;
-        h = take(0, size);
-        failed = !h;
-        size = 0;
-        for (int64_t i = 0; i < lives && !failed; i++) {
-            of[i].h = h + size;
-            size += blocks_of(of[i].count) * m * WIDE;
-        }
+    int64_t *first = p->first = malloc(sizeof(int64_t) * (N + 1));
+    int32_t *token = p->token = malloc(sizeof(int32_t) * (T * N + 1));
+    live *of = p->of = malloc(sizeof(live) * N);
+    p->h = NULL;
+    if (!first || !token || !of) return 0;
+    a->live = group(a, first, token);
+    for (int64_t e = 0; e < N; e++) { /* those with most tokens first: the last items are small */
+        int64_t count = first[e + 1] - first[e], i = lives;
+        if (!count) continue;
+        for (; i > 0 && of[i - 1].count < count; i--) of[i] = of[i - 1];
+        of[i] = (live){e, count, NULL};
+        lives++;
     }
-    int64_t per = GATED ? 2 : 1, threads = a->threads > 0 ? a->threads : 1;
+    for (int64_t i = 0; i < lives; i++) size += blocks_of(of[i].count) * m * WIDE;
+    p->h = take(0, size);
+    if (!p->h) return 0;
+    size = 0;
+    for (int64_t i = 0; i < lives; i++) {
+        of[i].h = p->h + size;
+        size += blocks_of(of[i].count) * m * WIDE;
+    }
+    int64_t per = GATED ? 2 : 1;
     int64_t chunks = (m * per + MOST - 1) / MOST, each = (m + chunks - 1) / chunks;
-    each = (each + PACK / per - 1) / (PACK / per) * (PACK / per); /* whole groups of rows */
     int64_t strips = threads * ((D + threads * COLUMNS - 1) / (threads * COLUMNS));
     int64_t wide = ((D + strips - 1) / strips + SIDE - 1) / SIDE * SIDE;
-    int64_t own = MAX(PANELS + SPARE + PACK * PITCH + (MOST + 2 * PACK) * LDO, T * wide + RUN * wide);
-    strips = (D + wide - 1) / wide;
-#pragma omp parallel num_threads((int)threads)
-    {
-        int64_t id = omp_get_thread_num();
-        float *mine = failed ? NULL : take(1 + id, own);
-        if (!mine) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp barrier
-        desk d = {mine, mine + PANELS + SPARE, mine + PANELS + SPARE + PACK * PITCH};
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < (failed ? 0 : lives * chunks); item++) {
-            const live *o = of + item / chunks;
-            int64_t j0 = item % chunks * each, size = MIN(each, m - j0);
-            for (int64_t p = 0; p < o->count && size > 0; p += BATCH)
-                hidden(a, &d, token + first[o->e] + p, MIN(BATCH, o->count - p), o->e, o->e * m + j0, size,
-                       o->h + (p / BATCH * BLOCKS(BATCH) * m + j0) * WIDE);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t s = 0; s < (failed ? 0 : strips); s++)
-            columns(a, of, lives, first, token, s * wide, MIN(wide, D - s * wide), mine, mine + T * wide);
-        give_back(1 + id, mine);
-    }
-    free(first); free(token); free(of); give_back(0, h);
-    return failed ? -1 : 0;
+    p->lives = lives;
+    p->chunks = chunks;
+    p->each = (each + PACK / per - 1) / (PACK / per) * (PACK / per); /* whole groups of rows */
+    p->strips = (D + wide - 1) / wide;
+    p->wide = wide;
+    p->own = MAX(PANELS + SPARE + PACK * PITCH + (MOST + 2 * PACK) * LDO, T * wide + RUN * wide);
+    return 1;
 }
 
-/* a slice of tokens at a time: what is kept of them (hidden numbers, strips) stays within bounds */
-int64_t prefill(ffn *a)
+/* one of lives * chunks items, then one of strips; mine (own) is the thread's */
+static void first_item(const ffn *a, const plan_of *p, int64_t item, float *mine)
 {
-    int64_t live = 0;
-    for (int64_t t = 0; t < a->T; t += SLICE) {
-        ffn part = *a;
-        part.T = MIN(SLICE, a->T - t);
-        part.x += t * a->D;
-        part.y += t * a->D;
-        part.select += t * a->N;
-        if (slice(&part) < 0) return -1;
-        live += part.live;
-    }
-    a->live = live;
-    return 0;
+    desk d = {mine, mine + PANELS + SPARE, mine + PANELS + SPARE + PACK * PITCH};
+    const live *o = p->of + item / p->chunks;
+    int64_t m = a->m, j0 = item % p->chunks * p->each, size = MIN(p->each, m - j0);
+    for (int64_t t = 0; t < o->count && size > 0; t += BATCH)
+        hidden(a, &d, p->token + p->first[o->e] + t, MIN(BATCH, o->count - t), o->e, o->e * m + j0, size,
+               o->h + (t / BATCH * BLOCKS(BATCH) * m + j0) * WIDE);
+}
+
+static void second_item(const ffn *a, const plan_of *p, int64_t s, float *mine)
+{
+    int64_t at = s * p->wide;
+    columns(a, p->of, p->lives, p->first, p->token, at, MIN(p->wide, a->D - at), mine, mine + a->T * p->wide);
 }

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sparsify.codegen.onnx.needs import need
 
-DOMAIN = "sparsify"  # in no file: gathered() replaces its operators
+DOMAIN = "sparsify.traced"  # in no file: gathered() replaces its operators
 
 
 def summed(

@@ -84,7 +84,7 @@ def chained(ffn: RoutedFFN, way: str, copies: int, opset: int, weights: str = "f
         program = torch.export.export(timed, example, dynamic_shapes=free, strict=False)
     slots = tuple(Slot(n, (1, None, e.shape[2])) for n, e in zip(NAMES, example, strict=True))
     call = ModuleCall(slots, NAMES, {}, {"kind": "tensor"})
-    made = translate.translated(program, call, opset, "ort")
+    made = translate.translated(program, call, opset, "ort-custom")
     if weights != "float32":
         plans, _ = planned(made, weights, timed)
         put_codes(made, plans)

@@ -25,7 +25,7 @@ from sparsify.codegen.onnx import live, timing
 from sparsify.codegen.onnx.asked import Asked
 from sparsify.codegen.onnx.chain import dials
 from sparsify.codegen.onnx.form_ffn import ways
-from sparsify.codegen.onnx.targets import BITS
+from sparsify.codegen.onnx.targets import BITS, OFFERED
 from sparsify.codegen.onnx.trace import HOW
 from sparsify.codegen.plan import working
 from sparsify.core import Remark
@@ -98,21 +98,22 @@ def chosen(model: SparseModel, asked: Asked) -> Iterator[Chosen]:
     if asked.routing != "auto":
         yield Chosen(asked.routing)
         return
-    found = choices(model, offered(asked), asked)
+    able = offered(asked)
+    found = choices(model, able, asked)
     layers = dict(model.graph.named_modules())
     with dial.kept(model):
         dense = [layers[c.module] for c in found if c.way == "dense"]
         if dense:
             turned = {part: 1.0 for ffn in dense for part in dials(ffn)}
             dial.set_each(model, turned)
-        yield Chosen("mask", {c.module: c.way for c in found}, found)
+        rest = "custom" if "custom" in able else "mask"
+        yield Chosen(rest, {c.module: c.way for c in found}, found)
 
 
 def offered(asked: Asked) -> tuple[str, ...]:
-    """Ways to choose from; ONNX Runtime's operator reads no codes."""
-    if asked.target == "ort" and asked.weights not in BITS:
-        return "mask", "branch", "moe"
-    return "mask", "branch"
+    """Ways to choose from; operators for whole layers read no codes."""
+    floats = asked.weights not in BITS
+    return tuple(w for w in OFFERED[asked.target] if floats or w not in ("moe", "custom"))
 
 
 def choices(model: SparseModel, ways_: tuple[str, ...], asked: Asked) -> tuple[Choice, ...]:

@@ -23,6 +23,7 @@ from sparsify.codegen.onnx import (
 )
 from sparsify.codegen.onnx.asked import Asked, counts
 from sparsify.codegen.onnx.case import RELATIVE, Case
+from sparsify.codegen.onnx.custom import build
 from sparsify.codegen.onnx.needs import EXTRA, need
 from sparsify.codegen.onnx.weights import Weights
 from sparsify.core import Remark
@@ -37,7 +38,8 @@ class Exported:
     """What was written.
 
     Attributes:
-        files: the graph's file first, then its weights' where they are apart.
+        files: the graph's file first, then its weights' where they are apart; a library of
+            operators and its C source where the graph needs one.
         target, opset: what it needs of a runtime; active: router -> the budget in the file.
         forms: what routed modules became -> how many; operators: how many of each.
         cases: the file against the model; empty where it was not asked for. Of a file with rounded
@@ -90,7 +92,12 @@ class Exported:
         """For the terminal."""
         lines = [
             f"wrote {self.files[0]}: {self.target}, opset {self.opset}, {self.size / 1e6:.1f} MB"
-            + (f" with {self.files[1].name}" if len(self.files) > 1 else "")
+            + (f" with {', '.join(f.name for f in self.files[1:])}" if self.files[1:] else "")
+        ]
+        lines += [
+            f"  {file.name} has to be registered (SessionOptions.register_custom_ops_library)"
+            for file in self.files
+            if file.suffix == ".so"
         ]
         lines += [f"  {count} x {what}" for what, count in self.forms.items()]
         lines += [f"  {line}" for line in choice.told(self.choices)]
@@ -146,6 +153,8 @@ def export(
     )  # fmt: skip
     need(*(EXTRA if check or routing == "auto" else EXTRA[:3]))
     write.check_place(place, force=force)
+    if target == "ort-custom":
+        build.check()
     if not model.example:
         raise BadInput(
             "the model has no example to trace with", help="compile it again, with an example"

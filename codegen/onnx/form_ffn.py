@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsify.codegen.onnx import moe
 from sparsify.codegen.onnx.branches import summed
+from sparsify.codegen.onnx.custom import layer
 from sparsify.codegen.onnx.forms import dead_to_zero, form, spread
 from sparsify.core import Refused
 from sparsify.runtime.codes import weights_of
@@ -28,7 +29,8 @@ PARTS = ("up", "gate", "up_bias", "gate_bias", "down")
 
 
 def ways(ffn: RoutedFFN, asked: str) -> str:
-    """How a layer is written where ``asked`` is ``mask``, ``branch`` or ``moe``: that, if it can.
+    """How a layer is written where ``asked`` is ``mask``, ``branch``, ``moe`` or ``custom``: that,
+    if it can.
 
     ``dense`` where all is live.
     """
@@ -38,6 +40,8 @@ def ways(ffn: RoutedFFN, asked: str) -> str:
         return "dense"
     packed = isinstance(ffn, FewBitsFFN)  # its weights are made whole, from codes
     if asked == "moe" and (packed or _unlike(ffn)):
+        asked = "branch"
+    if asked == "custom" and not layer.able(ffn.activation):
         asked = "branch"
     return "mask" if packed or ffn.router.shared == ffn.experts else asked
 
@@ -57,7 +61,7 @@ class FfnForm(RoutedFFN):
     Attributes:
         way: ``mask``; ``branch``: experts compute the tokens that use them
             (:mod:`sparsify.codegen.onnx.branches`); ``moe`` (:mod:`sparsify.codegen.onnx.moe`);
-            ``dense``: all are live.
+            ``custom`` (:mod:`sparsify.codegen.onnx.custom`); ``dense``: all are live.
     """
 
     way = "mask"
@@ -75,11 +79,16 @@ class FfnForm(RoutedFFN):
     experts_down: Tensor
     shared_down: Tensor
     stand_in: Tensor | None
+    dropped_each: Tensor | None  # stand_in (N, D), zeros for shared experts
     slope: Tensor | None
 
     def prepare(self) -> None:
         self._fix_budget()
         self.way = ways(self, self.way)
+        each = self.stand_in if self.way == "custom" else None
+        if each is not None:
+            each = torch.cat([each.new_zeros(self.first, self.width), each])
+        self.register_buffer("dropped_each", each)
         if self.way not in ("branch", "moe"):
             return
         router = self.router
@@ -141,6 +150,8 @@ class FfnForm(RoutedFFN):
     def routed(self, x: Tensor, select: Tensor, scores: Tensor | None) -> Tensor:
         """select (..., N) weights, 0 = dead; scores (..., R) where stand-ins need them."""
         live = select != 0
+        if self.way == "custom" and torch.compiler.is_exporting():
+            return self._custom(x, select, live, scores)
         if self.way in ("branch", "moe"):
             each = select.reshape(-1, self.experts)
             y = self._skipping(x.reshape(-1, self.width), each)
@@ -159,6 +170,18 @@ class FfnForm(RoutedFFN):
         if thin is not None and self.offset is not None:
             y = y + select @ self.offset
         return self._finished(y, select, live, scores).to(x.dtype)
+
+    def _custom(self, x: Tensor, select: Tensor, live: Tensor, scores: Tensor | None) -> Tensor:
+        """One operator, stand-ins too where nothing comes between."""
+        names = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
+        tensors: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
+        if type(self)._modulated is not RoutedFFN._modulated:
+            y = layer.marked(x, select, tensors, self.activation)
+            return self._finished(y, select, live, scores)
+        tensors["dropped"] = self.dropped_each
+        if self.slope is not None:
+            tensors.update(scores=scores, slopes=self.slope)
+        return layer.marked(x, select, tensors, self.activation)
 
     def _finished(self, y: Tensor, select: Tensor, live: Tensor, scores: Tensor | None) -> Tensor:
         """With what dead experts give."""

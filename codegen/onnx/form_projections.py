@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsify.codegen.onnx.custom.product import product
 from sparsify.codegen.onnx.forms import dead_to_zero, form, spread
 from sparsify.runtime.gated import GatedLinear
 from sparsify.runtime.heads import RoutedColumns, RoutedRows
@@ -35,7 +36,13 @@ class RowsForm(RoutedRows):
 
 
 class _Columns(RoutedColumns):
-    """z (..., in), select (..., N) -> (..., out)."""
+    """z (..., in), select (..., N) -> (..., out).
+
+    Attributes:
+        way: ``custom``: rows of dead units are not read; anything else: by masks.
+    """
+
+    way = "mask"
 
     def columns(self, z: Tensor, select: Tensor) -> Tensor:
         units, width, _ = self.blocks.shape
@@ -43,7 +50,7 @@ class _Columns(RoutedColumns):
             z = z.index_select(-1, self.places)
         select = select.reshape(*z.shape[:-1], units)
         wide = spread(select, width)
-        y = dead_to_zero(z * wide, wide != 0) @ self.blocks.flatten(0, 1)
+        y = product(dead_to_zero(z * wide, wide != 0), self.blocks.flatten(0, 1), self.way)
         if self.bias is not None:
             y = y + self.bias
         if self.dropped is not None:
@@ -97,30 +104,40 @@ class HiddenFfnForm(HiddenFFN):
 
 @form(RoutedLinear)
 class LinearForm(RoutedLinear):
-    """x (..., in) -> (..., out)."""
+    """x (..., in) -> (..., out).
+
+    Attributes:
+        way: ``custom``: columns of dead inputs are not read; anything else: by masks.
+    """
+
+    way = "mask"
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sums(self, x)
+        return _sums(self, x, self.way)
 
 
 @form(GatedLinear)
 class GatedForm(GatedLinear):
-    """x (..., in), gates (..., out) -> (..., out)."""
+    """x (..., in), gates (..., out) -> (..., out); ``way`` as in :class:`LinearForm`."""
+
+    way = "mask"
 
     def prepare(self) -> None:
         self.follow()
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        y = _sums(self, x)
+        y = _sums(self, x, self.way)
         opened = None if gates is None else self.neurons(gates)
         return y if opened is None else torch.where(opened, y, self.usual.to(y.dtype))
 
 
-def _sums(module: RoutedLinear, x: Tensor) -> Tensor:
+def _sums(module: RoutedLinear, x: Tensor, way: str) -> Tensor:
     flat = module.select.centred(x)
-    if not module.select.all_live:
+    if module.select.all_live:
+        y = flat @ module.columns
+    else:
         flat = dead_to_zero(flat, module.select.live(module.select.scores(flat)))
-    y = flat @ module.columns
+        y = product(flat, module.columns, way)
     if module.offset is not None:
         y = y + module.offset
     return y if module.bias is None else y + module.bias

@@ -74,7 +74,8 @@ def into_forms(root: nn.Module, way: str = "mask", ways: Mapping[str, str] | Non
     """Give every routed module under ``root`` its form.
 
     Args:
-        way: ``mask``, ``branch`` or ``moe``, for forms that can be written in several ways.
+        way: ``mask``, ``branch``, ``moe`` or ``custom``, for forms that can be written in several
+            ways.
         ways: path -> way, for some.
 
     Raises:

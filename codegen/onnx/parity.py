@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from sparsify.codegen.onnx import selections
 from sparsify.codegen.onnx.case import RELATIVE, Agreement, Case, relative
+from sparsify.codegen.onnx.custom.files import beside
 from sparsify.codegen.onnx.names import input_names
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.trial_calls import cases, counted, without_padding
@@ -37,7 +38,7 @@ def session(
     in_turn: bool = False,
     watched: bool = False,
 ) -> Any:
-    """An ONNX Runtime session on the CPU.
+    """An ONNX Runtime session on the CPU, with the file's own operators where it has some.
 
     Args:
         float32: products with weights in 4 or 8 bits are computed in float32; without it ONNX
@@ -54,6 +55,9 @@ def session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if float32:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    library, _ = beside(path)
+    if library.exists():
+        options.register_custom_ops_library(str(library))
     file: str | bytes = str(path)
     if watched:
         file = selections.with_outputs(path)

@@ -7,11 +7,19 @@ from sparsify.errors import BadInput, did_you_mean
 DOMAINS: dict[str, tuple[str, ...]] = {  # target -> domains beside the standard's
     "portable": (),
     "ort": ("com.microsoft",),  # ONNX Runtime's own operators, where they are faster
+    # and ours, in a library that is built beside the file and has to be registered
+    "ort-custom": ("com.microsoft", "sparsify"),
 }
 TARGETS = tuple(DOMAINS)
 # how feed-forward layers skip: not at all, dead units are set to zero; experts compute the tokens
-# that use them; as ONNX Runtime's MoE; the fastest by measurement, or none where dense is faster
-ROUTING = ("mask", "branch", "moe", "auto")
+# that use them; as ONNX Runtime's MoE; as an operator of ours; the fastest by measurement, or none
+# where dense is faster
+ROUTING = ("mask", "branch", "moe", "custom", "auto")
+OFFERED = {  # target -> what auto measures
+    "portable": ("mask", "branch"),
+    "ort": ("mask", "branch", "moe"),
+    "ort-custom": ("mask", "branch", "moe", "custom"),
+}
 WEIGHTS = ("float32", "float16", "bfloat16", "int8", "int4")  # how matrices are stored
 BITS = {"int8": 8, "int4": 4}  # of those that are codes
 OPSET = 20  # default: what ONNX Runtime 1.17 and later read
@@ -24,7 +32,7 @@ OPSETS = range(18, 25)  # the operators that torch's exporter writes begin at 18
 
 def routing(target: str, asked: str | None) -> str:
     """``asked``; by itself ``auto`` for ONNX Runtime, whose operators are there to be fast."""
-    return asked or ("auto" if target == "ort" else "mask")
+    return asked or ("mask" if target == "portable" else "auto")
 
 
 def check(target: str, routing: str, opset: int | None, weights: str = "float32") -> int:
@@ -37,21 +45,27 @@ def check(target: str, routing: str, opset: int | None, weights: str = "float32"
                 f"no {name} '{value}'",
                 help=did_you_mean(value, legal) or f"one of: {', '.join(legal)}",
             )
-    if routing == "moe" and target != "ort":
+    if routing == "custom" and target != "ort-custom":
+        raise BadInput(
+            f"target '{target}' has no routing 'custom'",
+            why="operators of our own are in a library that the file needs",
+            help="target='ort-custom', or routing='branch'",
+        )
+    if routing == "moe" and target == "portable":
         raise BadInput(
             f"target '{target}' has no routing 'moe'",
             why="the MoE operator is ONNX Runtime's own",
             help="target='ort', or routing='branch'",
         )
-    if routing == "moe" and weights in BITS:
+    if routing in ("moe", "custom") and weights in BITS:
         raise BadInput(
-            f"routing 'moe' has no weights in {weights}",
-            why="ONNX Runtime's MoE reads floats",
+            f"routing '{routing}' has no weights in {weights}",
+            why=f"{'the MoE operator' if routing == 'moe' else 'our operator'} reads floats",
             help="routing='branch', or weights='float16'",
         )
     if opset is None:
         least = INT4 if weights == "int4" else OPSET
-        return max(least, OPSET_ORT) if target == "ort" else least
+        return max(least, OPSET_ORT) if target != "portable" else least
     if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
         raise BadInput(
             f"opset {opset} cannot be written",

@@ -21,7 +21,8 @@ from sparsify.runtime.graph import clone
 from sparsify.runtime.model import SparseModel
 
 HOW = {
-    "mask": "by masks", "branch": "in branches", "moe": "as com.microsoft MoE", "dense": "dense",
+    "mask": "by masks", "branch": "in branches", "moe": "as com.microsoft MoE",
+    "custom": "as an operator of our own", "dense": "dense",
 }  # fmt: skip
 _NOISY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx", "onnxscript")
 

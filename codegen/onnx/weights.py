@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparsify.codegen.onnx.custom.source import DOMAIN
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.rounding import Rounded, rounded
 from sparsify.codegen.onnx.targets import BITS
@@ -116,7 +117,8 @@ def _stays(value: Any, uses: Sequence[Use], own: Own, precision: str) -> str | N
     if (whose := own.whose(value)) is not None:
         return whose
     for use in uses:
-        if use.role is None:
+        # what is stored in half is whole again when it is loaded: our operators may read it
+        if use.role is None and (precision in BITS or use.node.domain != DOMAIN):
             return f"of {use.node.op_type}"
     if precision == "float16" and np.abs(tensor.numpy()).max() > np.finfo(np.float16).max:
         return "too large for float16"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsify.codegen.onnx.custom.files import beside, put
 from sparsify.codegen.onnx.needs import need
 from sparsify.errors import OutputError
 
@@ -76,8 +77,9 @@ def writing(model: Any, path: Path, *, external: bool | None, force: bool) -> It
         yield file
         made = sorted(file.parent.iterdir(), key=lambda part: part == file)  # the graph last
         _into_place(made, path.parent, file.parent)
-        if len(made) == 1:
-            _data(path).unlink(missing_ok=True)  # of the file that was replaced
+        for part in _parts(path):  # of the file that was replaced
+            if part.name not in {file.name for file in made}:
+                part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -93,6 +95,7 @@ def aside(model: Any, path: Path, *, external: bool | None = None) -> Iterator[P
     try:
         fresh.mkdir()
         ir.save(model, fresh / path.name, **options)
+        put(model, fresh / path.name)
         yield fresh / path.name
     except OSError as error:
         raise OutputError(
@@ -117,8 +120,12 @@ def write(model: Any, path: Path, *, external: bool | None, force: bool) -> tupl
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """The graph's file, then its weights' where they are apart."""
-    return (path, _data(path)) if _data(path).exists() else (path,)
+    """The graph's file, then its weights' where they are apart, then its operators'."""
+    return (path, *(part for part in _parts(path) if part.exists()))
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    return (_data(path), *beside(path))
 
 
 def _data(path: Path) -> Path:

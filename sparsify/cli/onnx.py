@@ -29,7 +29,8 @@ def export(
         str,
         typer.Option(
             metavar="T",
-            help="portable: the standard's operators only; ort: ONNX Runtime's own, where faster.",
+            help="portable: the standard's operators only; ort: ONNX Runtime's own, where faster;"
+            " ort-custom: ours too, in a library built beside FILE (needs a C compiler).",
         ),
     ] = "portable",
     active: Annotated[
@@ -47,8 +48,8 @@ def export(
         typer.Option(
             metavar="HOW",
             help="mask: dead units are set to zero; branch: unused experts are not run; moe (ort):"
-            " as its MoE operator; auto: the fastest of them by measurement, or dense where none"
-            " is faster. Absent: auto for ort, mask for portable.",
+            " as its MoE operator; custom (ort-custom): as ours; auto: the fastest of them by"
+            " measurement, or dense where none is faster. Absent: mask for portable, else auto.",
         ),
     ] = None,
     tokens: Annotated[

@@ -13,10 +13,19 @@ import torch
 from torch import Tensor
 
 import sparsify
+from sparsify.codegen.cpu import build
 from sparsify.codegen.onnx import parity, trace, translate
 from tests.contract.zoo_captures import captured
 
 _translated = translate.translated  # tests replace it
+
+
+def needs_compiler() -> None:
+    """Skips without one."""
+    try:
+        build.compiler()
+    except build.NoCompiler as missing:
+        pytest.skip(missing.what)
 
 
 @functools.cache

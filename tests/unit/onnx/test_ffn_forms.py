@@ -19,13 +19,15 @@ from sparsify.runtime.few_bits import FewBitsFFN
 from sparsify.runtime.ffn import RoutedFFN
 from sparsify.runtime.program import Program, Ref, Step
 from sparsify.runtime.router import Router
+from tests.unit.onnx.models import needs_compiler
 from tests.unit.runtime.examples import GELU, SILU
 
 ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 EXPERTS, SIZE, WIDTH = 6, 5, 12
+UNKNOWN = Program(("up",), (Step("h", "aten.lgamma.default", (Ref("up"),)),), "h")
 RELU = Program(("up",), (Step("h", "aten.relu.default", (Ref("up"),)),), "h")
-WAYS = ("mask", "branch", "moe")
+WAYS = ("mask", "branch", "moe", "custom")
 
 
 def draw(*shape: int) -> Tensor:
@@ -98,6 +100,9 @@ def test_forms_in_torch(way: str) -> None:
 
 
 def test_what_each_layer_becomes() -> None:
+    assert {form_ffn.ways(ffn, "custom") for ffn in layers().values()} == {"custom"}
+    assert form_ffn.ways(layer(activation=UNKNOWN), "custom") == "branch"
+    assert form_ffn.ways(FewBitsFFN.of(layer(), [8] * EXPERTS, 4), "custom") == "mask"
     found = {name: form_ffn.ways(ffn, "moe") for name, ffn in layers().items()}
     assert found.pop("exact gelu") == "branch"  # the kernel's is the tanh approximation
     assert set(found.values()) == {"moe"}
@@ -166,8 +171,10 @@ class All(nn.Module):
         return (*(ffn(x) for ffn in self.layers.values()), self.conditioned(x, condition))
 
 
-@pytest.fixture(scope="module", params=["branch", "moe"])
+@pytest.fixture(scope="module", params=["branch", "moe", "custom"])
 def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "custom":
+        needs_compiler()
     formed, free = All().eval(), torch.export.Dim.AUTO
     into_forms(formed, request.param)
     example = draw(2, 3, WIDTH), draw(2, WIDTH)
@@ -179,7 +186,7 @@ def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = [{"kind": "tensor"}] * (len(formed.layers) + 1)
     tree = {"kind": "tuple", "items": outputs}
     call = ModuleCall(slots, ("x", "condition"), {}, tree)
-    model = translate.translated(program, call, 20, "ort")
+    model = translate.translated(program, call, 20, "ort-custom")
     path = tmp_path_factory.mktemp(request.param) / "all.onnx"
     write.write(model, path, external=None, force=False)
     return path

@@ -1,0 +1,1 @@
+"""Routed layers as operators of our own for ONNX Runtime: C from the CPU kernels, compiled."""
