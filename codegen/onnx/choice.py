@@ -19,6 +19,7 @@ import torch
 
 from sparsify.codegen.elementwise import canonical
 from sparsify.codegen.onnx import timing
+from sparsify.codegen.onnx.custom.product import FEW
 from sparsify.codegen.onnx.form_ffn import ways
 from sparsify.codegen.onnx.targets import OFFERED
 from sparsify.codegen.onnx.trace import HOW
@@ -111,7 +112,7 @@ def chosen(
         if dense:
             turned = {part: 1.0 for ffn in dense for part in timing.dials(ffn)}
             dial.set_each(model, turned)
-        rest = "custom" if "custom" in offered else "mask"
+        rest = "custom" if "custom" in offered and tokens <= FEW else "mask"
         yield Chosen(rest, {c.module: c.way for c in found}, found)
 
 
