@@ -24,6 +24,7 @@ from sparsify.codegen.elementwise import canonical
 from sparsify.codegen.onnx import live, timing
 from sparsify.codegen.onnx.asked import Asked
 from sparsify.codegen.onnx.chain import dials
+from sparsify.codegen.onnx.custom.product import FEW
 from sparsify.codegen.onnx.form_ffn import ways
 from sparsify.codegen.onnx.targets import BITS, OFFERED
 from sparsify.codegen.onnx.trace import HOW
@@ -106,7 +107,7 @@ def chosen(model: SparseModel, asked: Asked) -> Iterator[Chosen]:
         if dense:
             turned = {part: 1.0 for ffn in dense for part in dials(ffn)}
             dial.set_each(model, turned)
-        rest = "custom" if "custom" in able else "mask"
+        rest = "custom" if "custom" in able and asked.tokens <= FEW else "mask"
         yield Chosen(rest, {c.module: c.way for c in found}, found)
 
 

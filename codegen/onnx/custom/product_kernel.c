@@ -1,5 +1,5 @@
-/* y[t] = sum over the rows where x[t] is not zero of x[t][row] * row: what rows.c does for one to
- * eight tokens, shared out as in layer_kernel.c. One token's threads share its rows, several tokens'
+/* y[t] = sum over the rows where x[t] is not zero of x[t][row] * row: what rows.c does for a few
+ * tokens, shared out as in layer_kernel.c. One token's threads share its rows, several tokens'
  * the outputs. */
 #define SHARES 64
 #define RUN_BYTES 65536 /* of a run of rows, at least: reading stops and starts with every run */

@@ -1,6 +1,7 @@
 /* SkippingMatMul: x (..., in) and matrix (in, out); y (..., out), rows of the matrix that only zeros
- * meet not read. Beyond MOST_SKIPPING tokens nearly all are met by some: ONNX Runtime's own product. */
-#define MOST_SKIPPING 8
+ * meet not read. For more tokens ONNX Runtime's own product: half live, 576x1536, one thread, 8 tokens
+ * took 0.41 ms by rows and 0.35 as one product (1 token 0.13 and 0.24). */
+#define MOST_SKIPPING 3
 
 typedef struct {
     ort_table api;
