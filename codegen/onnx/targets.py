@@ -43,12 +43,6 @@ def check(target: str, routing: str, opset: int | None, weights: str = "float32"
             why="the MoE operator is ONNX Runtime's own",
             help="target='ort', or routing='branch'",
         )
-    if routing == "moe" and weights in BITS:
-        raise BadInput(
-            f"routing 'moe' has no weights in {weights}",
-            why="ONNX Runtime's MoE reads floats",
-            help="routing='branch', or weights='float16'",
-        )
     if opset is None:
         least = INT4 if weights == "int4" else OPSET
         return max(least, OPSET_ORT) if target == "ort" else least
