@@ -1,9 +1,8 @@
 """Codes instead of weights: the standard's operators that read them.
 
-Where a matrix is stored as its readers see it, ``DequantizeLinear`` stands right before them, in
-their own graph: ONNX Runtime makes one operator of the two (``MatMulNBits``), which never holds the
-matrix in float32. It does so for constants of the same graph only, so codes of a matrix that is
-read in a branch are the branch's.
+Where a matrix is stored as its readers see it, ``DequantizeLinear`` stands right before them: ONNX
+Runtime makes one operator of the two (``MatMulNBits``), which never holds the matrix in float32.
+Experts that its MoE reads have an operator of their own (:mod:`sparsify.codegen.onnx.qmoe`).
 Otherwise rows are gathered as codes and then multiplied by their scales, and a product reads
 codes times scales of the whole, which a runtime makes once, at load.
 """
@@ -15,26 +14,37 @@ from typing import Any
 
 import numpy as np
 
+from sparsify.codegen.onnx import qmoe
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.rounding import BLOCK
+from sparsify.codegen.onnx.targets import BITS
 from sparsify.codegen.onnx.weights import Plan
 
 
 def put_codes(model: Any, plans: Sequence[Plan]) -> None:
     """Replace the planned initializers of an ``onnx_ir.Model`` by their codes."""
+    stacks = {use: plan for plan in plans for use in _stacks(plan)}
     for plan in plans:
-        name = plan.value.name
         if plan.as_read:
-            _before_readers(plan)
-        else:
+            _before_readers(model.graph, plan)
+        elif not _stacks(plan):
             _by_rows(model.graph, plan)
-        model.graph.initializers.pop(name)
+    for node in dict.fromkeys(node for node, _ in stacks):
+        first, second = (stacks[node, place] for place in qmoe.STACKS)
+        qmoe.put(model.graph, node, first, second)
+    for plan in plans:
+        model.graph.initializers.pop(plan.value.name)
 
 
-def _before_readers(plan: Plan) -> None:
+def _stacks(plan: Plan) -> list[tuple[Any, int]]:
+    """The MoE operators, and which of their inputs, that read codes."""
+    return [(u.node, u.place) for u in plan.uses if u.role == "experts" and plan.stored in BITS]
+
+
+def _before_readers(graph: Any, plan: Plan) -> None:
     (ir,) = need("onnx_ir")
     assert plan.scales is not None
-    graph, name, blocked = plan.uses[0].node.graph, plan.value.name, plan.stored == "int4"
+    name, blocked = plan.value.name, plan.stored == "int4"
     codes = plan.codes.astype(need("ml_dtypes")[0].int4) if blocked else plan.codes
     scales = plan.scales if blocked else plan.scales[0].astype(np.float32)
     readers = {use.node for use in plan.uses}

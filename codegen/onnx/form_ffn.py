@@ -198,7 +198,8 @@ class FfnForm(RoutedFFN):
             hidden = self._hidden_of(x, *(getattr(self, f"shared_{n}") for n in PARTS[:-1]))
             if not self.router.unit_weights:
                 hidden = hidden * spread(select.index_select(1, self.shared_at), self.hidden)
-            always = hidden @ self.shared_down
+            # rank 3: of two ranks 2 and a sum ONNX Runtime makes a Gemm, which reads no codes
+            always = (hidden.unsqueeze(0) @ self.shared_down).squeeze(0)
             y = always if y is None else y + always
             select = select.index_select(1, self.alone_at)
         if self.way == "moe":

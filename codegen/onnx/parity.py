@@ -7,6 +7,7 @@ differs has to be a tie.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsify.codegen.onnx import selections
+from sparsify.codegen.onnx import qmoe, selections
 from sparsify.codegen.onnx.case import RELATIVE, Agreement, Case, relative
 from sparsify.codegen.onnx.custom.files import beside
 from sparsify.codegen.onnx.names import input_names
@@ -63,7 +64,8 @@ def session(
         file = selections.with_outputs(path)
         place = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(place, str(path.parent))
-    return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    with qmoe.in_float32() if float32 else contextlib.nullcontext():
+        return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def greedy(running: Any, ids: Any, count: int) -> tuple[list[int], list[float]]:

@@ -57,10 +57,10 @@ def check(target: str, routing: str, opset: int | None, weights: str = "float32"
             why="the MoE operator is ONNX Runtime's own",
             help="target='ort', or routing='branch'",
         )
-    if routing in ("moe", "custom") and weights in BITS:
+    if routing == "custom" and weights in BITS:
         raise BadInput(
-            f"routing '{routing}' has no weights in {weights}",
-            why=f"{'the MoE operator' if routing == 'moe' else 'our operator'} reads floats",
+            f"routing 'custom' has no weights in {weights}",
+            why="our operator reads floats",
             help="routing='branch', or weights='float16'",
         )
     if opset is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsify.codegen.onnx import qmoe
 from sparsify.codegen.onnx.needs import need
 
 Step = tuple[str, tuple[int, ...]]  # ("transpose", order) or ("reshape", shape)
@@ -21,7 +22,8 @@ class Use:
     Attributes:
         node, place: the operator, and which of its inputs.
         steps: what happens to the weight's layout on the way; between: the nodes that do it.
-        role: ``matrix`` (K, N) of a product, ``table`` of rows, or None for anything else.
+        role: ``matrix`` (K, N) of a product, ``table`` of rows, ``experts`` (E, N, K) of ONNX
+            Runtime's MoE, or None for anything else.
     """
 
     node: Any
@@ -49,6 +51,8 @@ def _uses(
             role = "matrix"
         elif node.op_type == "Gather" and place == 0 and not steps and not _number(node, "axis"):
             role = "table"
+        elif qmoe.reads_stack(node, place) and not steps:
+            role = "experts"
         turned = role == "matrix" and _number(node, "transB")
         flipped: tuple[Step, ...] = (("transpose", (1, 0)),) if turned else ()
         yield Use(node, place, (*steps, *flipped), between, role)

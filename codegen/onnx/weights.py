@@ -6,7 +6,9 @@
 
 A matrix with one reader, or several that see it alike, is rounded as they see it, whatever the
 model does to it on the way. What is read in several ways (an embedding that is the last layer's
-matrix, too), tables of rows and stacks of matrices have int8 codes with one scale per row.
+matrix, too), tables of rows and stacks of matrices have int8 codes with one scale per row. Stacks
+of experts that ONNX Runtime's MoE reads are rounded matrix by matrix, for its operator with codes
+(:mod:`sparsify.codegen.onnx.qmoe`).
 How codes are read is in :mod:`sparsify.codegen.onnx.codes_in_graph`.
 
 Only what the model itself holds is rounded, and nothing of a router: a threshold is compared with
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparsify.codegen.onnx import qmoe
 from sparsify.codegen.onnx.custom.source import DOMAIN
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.rounding import Rounded, rounded
@@ -43,7 +46,7 @@ class Plan:
         stored: float16, bfloat16, int8 or int4.
         codes, scales: as :class:`sparsify.codegen.onnx.rounding.Rounded` has them, in the layout
             (K, N) that readers see where ``as_read``, else in the initializer's own with scales
-            (..., 1); scales None for floats.
+            (..., blocks of the last size); scales None for floats.
         rounded: what they were made from; None for floats.
     """
 
@@ -95,7 +98,7 @@ def planned(model: Any, precision: str, graph: nn.Module) -> tuple[list[Plan], W
     """
     (ir,) = need("onnx_ir")
     own = Own(graph)
-    plans, stored, left = list[Plan](), collections.Counter[str](), collections.Counter[str]()
+    plans, left = list[Plan](), collections.Counter[str]()
     for value in model.graph.initializers.values():
         if value.const_value.dtype != ir.DataType.FLOAT:
             continue
@@ -105,7 +108,12 @@ def planned(model: Any, precision: str, graph: nn.Module) -> tuple[list[Plan], W
             left[why] += 1
             continue
         plans.append(_plan(value, uses, precision))
-        stored[plans[-1].stored] += 1
+    if precision in BITS:
+        kept = qmoe.paired(plans)
+        if len(kept) < len(plans):
+            left["of MoE"] += len(plans) - len(kept)
+        plans = kept
+    stored = collections.Counter(plan.stored for plan in plans)
     return plans, Weights(precision, dict(sorted(stored.items())), dict(sorted(left.items())))
 
 
@@ -120,6 +128,15 @@ def _stays(value: Any, uses: Sequence[Use], own: Own, precision: str) -> str | N
         # what is stored in half is whole again when it is loaded: our operators may read it
         if use.role is None and (precision in BITS or use.node.domain != DOMAIN):
             return f"of {use.node.op_type}"
+        if use.node.graph is not value.graph:
+            return "read in a branch"  # no form writes one
+    stacks = [use.node for use in uses if use.role == "experts"]
+    if stacks and precision in BITS:
+        blocks = {qmoe.block_of(node, BITS[precision]) for node in stacks}
+        if len(stacks) < len(uses) or len(blocks) > 1:
+            return "of MoE"
+        if None in blocks:
+            return "of MoE, whose inputs are no whole blocks"
     if precision == "float16" and np.abs(tensor.numpy()).max() > np.finfo(np.float16).max:
         return "too large for float16"
     return None
@@ -131,17 +148,15 @@ def _plan(value: Any, uses: tuple[Use, ...], precision: str) -> Plan:
         kind = np.float16 if precision == "float16" else need("ml_dtypes")[0].bfloat16
         return Plan(value, uses, precision, False, array.astype(kind), None, None)
     first = uses[0]
-    alike = all(
-        use.role == "matrix" and use.steps == first.steps and use.node.graph is first.node.graph
-        for use in uses
-    )
+    alike = all(use.role == "matrix" and use.steps == first.steps for use in uses)
     operand = viewed(array, first.steps)
     if alike and operand.ndim == 2:
         found = rounded(operand, BITS[precision])
         return Plan(value, uses, precision, True, found.codes, found.scales, found)
-    found = rounded(array.reshape(-1, array.shape[-1]).T, 8)
+    stored = precision if first.role == "experts" else "int8"
+    found = rounded(array.reshape(-1, array.shape[-1]).T, BITS[stored])
     codes, scales = found.codes.T.reshape(array.shape), found.scales.T
-    return Plan(value, uses, "int8", False, codes, scales.reshape(*array.shape[:-1], 1), found)
+    return Plan(value, uses, stored, False, codes, scales.reshape(*array.shape[:-1], -1), found)
 
 
 def put_values(plans: Sequence[Plan]) -> None:

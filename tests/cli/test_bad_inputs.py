@@ -327,8 +327,6 @@ EXPORT = (
     Row("export: routing", "export saved a.onnx --routing x", ("one of: mask, branch, moe",)),
     Row("export: routing of a target", "export saved a.onnx --routing moe",
         ("'portable' has no routing 'moe'", "target='ort'")),
-    Row("export: codes for MoE", "export saved a.onnx --target ort --routing moe --weights int8",
-        ("routing 'moe' has no weights in int8", "routing='branch'")),
     Row("export: tokens", "export saved a.onnx --routing auto --tokens 0",
         ("--tokens cannot be 0", "at least 1")),
     Row("export: threads", "export saved a.onnx --routing auto --threads 0",
