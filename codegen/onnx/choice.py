@@ -112,9 +112,9 @@ def chosen(model: SparseModel, asked: Asked) -> Iterator[Chosen]:
 
 
 def offered(asked: Asked) -> tuple[str, ...]:
-    """Ways to choose from; operators for whole layers read no codes."""
+    """Ways to choose from; our operators read no codes."""
     floats = asked.weights not in BITS
-    return tuple(w for w in OFFERED[asked.target] if floats or w not in ("moe", "custom"))
+    return tuple(way for way in OFFERED[asked.target] if floats or way != "custom")
 
 
 def choices(model: SparseModel, ways_: tuple[str, ...], asked: Asked) -> tuple[Choice, ...]:
