@@ -143,6 +143,24 @@ def test_dials_come_back_after_an_error(
     assert model.active == before and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["a.onnx", "served/"])
+def test_what_was_asked_for_is_what_is_timed(
+    place: str, model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def enough(*_: Any) -> Any:
+        raise ParityFailed("enough")
+
+    asked = tell(monkeypatch, dense=(10, 10), mask=(12, 12), branch=(6, 11))
+    monkeypatch.setattr(exporting.trace, "formed", enough)
+    options: dict[str, Any] = {"target": "ort", "tokens": 4, "threads": 1, "weights": "int4"}
+    with pytest.raises(ParityFailed):
+        model.export(f"{tmp_path}/{place}", **options)
+    assert asked == [(["mask", "branch", "dense"], [2, 3], Asked("ort", "auto", 23, "int4", 4, 1))]
+    with pytest.raises(BadInput, match="0 threads"):
+        model.export(f"{tmp_path}/{place}", **{**options, "threads": 0})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_layers_in_one_form_are_one_line() -> None:
     def chose(path: str, way: str, routed: float) -> choice.Choice:
         return choice.Choice(path, f"{path}.moe", way, {"dense": 1.0, "mask": routed}, AUTO)
