@@ -2,13 +2,13 @@
 
 ``python benchmarks/onnx_smollm2.py [SAVED] [--active 0.5] [--threads 2] [--weights int4] [--keep
 FOLDER]`` takes a folder that ``sparsify compile smollm2 -p ffn-moe --calibration mixed -o SAVED``
-wrote (without one it compiles, with routers made from the weights) and exports four files: the
+wrote (without one it compiles, with routers made from the weights) and exports five files: the
 dense model as ``portable`` and for ``ort``, and the model at the budget by masks (``portable``) and
-as ``ort`` chooses by measurement on ``--threads`` threads, which may leave layers dense. Each
-decodes 64 tokens after a prompt, in turn, ``--rounds`` times; eager has its dials where the file
-has them. Threads of a file that has had its turn are left time to fall asleep, and the first tokens
-of a turn are not timed. ``--keep`` leaves the files there, and takes those that are there: timing
-can then be run again alone. Writes its part of benchmarks/results/onnx-smollm2.json.
+as ``ort`` and ``ort-custom`` choose by measurement on ``--threads`` threads, which may leave layers
+dense. Each decodes 64 tokens after a prompt, in turn, ``--rounds`` times; eager has its dials where
+the file has them. Threads of a file that has had its turn are left time to fall asleep, and the
+first tokens of a turn are not timed. ``--keep`` leaves the files there, and takes those that are
+there: timing can then be run again alone. Writes its part of benchmarks/results/onnx-smollm2.json.
 """
 
 from __future__ import annotations
@@ -31,17 +31,23 @@ RESULTS = Path(__file__).parent / "results" / "onnx-smollm2.json"
 PROMPT = "The history of the sparse matrix begins with"
 COUNT = 64
 WARM, ASLEEP = 16, 0.1  # tokens of a turn; seconds (ONNX Runtime's threads look for work for 40 ms)
+CHOSEN = ("ort", "ort-custom")  # targets that choose
 
 
 def files(threads: int) -> dict[str, tuple[bool, dict[str, Any]]]:
-    """Name -> whether it is routed, options of export; the last is what is measured."""
-    auto = {"target": "ort", "routing": "auto", "threads": threads}
+    """Name -> whether it is routed, options of export."""
+    auto = {"routing": "auto", "threads": threads}
     return {
         "dense": (False, {}),
         "dense, ort": (False, {"target": "ort", "routing": "mask"}),
         "mask": (True, {}),
-        f"ort, auto on {threads}": (True, auto),
+        **{named(target, threads): (True, {"target": target, **auto}) for target in CHOSEN},
     }
+
+
+def named(target: str, threads: int) -> str:
+    """The file of a target that chose for so many threads."""
+    return f"{target}, auto on {threads}"
 
 
 def main() -> None:
@@ -68,8 +74,10 @@ def main() -> None:
         row["size over dense"] = round(row["bytes"] / rows["dense"]["bytes"], 4)
     found: dict[str, Any] = {"active": given.active, "files": rows}
     for base in ("dense", "dense, ort"):
-        ratios = [a / b for a, b in zip(times[base], times[names[-1]], strict=True)]
-        found[f"speedup of ort over {base}"] = round(statistics.median(ratios), 3)
+        for target in CHOSEN:
+            pairs = zip(times[base], times[named(target, given.threads)], strict=True)
+            ratio = statistics.median(a / b for a, b in pairs)
+            found[f"speedup of {target} over {base}"] = round(ratio, 3)
     print(json.dumps(found, indent=1))
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     known[f"{given.threads} threads {given.weights}"] = found

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sparsify.codegen.onnx.custom.files import beside as libraries
 from sparsify.codegen.onnx.names import input_names, output_names
 from sparsify.codegen.onnx.write import MODEL, check_folder
 from sparsify.errors import OutputError
@@ -61,6 +62,9 @@ def _write(model: SparseModel, folder: Path) -> None:
             part.save_pretrained(folder)
     found = genai_config(model)
     if found is not None:
+        library, _ = libraries(folder / MODEL)
+        if library.exists():
+            found["model"]["decoder"]["session_options"]["custom_ops_library"] = library.name
         write_json(folder / GENAI, found)
 
 

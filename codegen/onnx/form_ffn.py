@@ -79,16 +79,11 @@ class FfnForm(RoutedFFN):
     experts_down: Tensor
     shared_down: Tensor
     stand_in: Tensor | None
-    dropped_each: Tensor | None  # stand_in (N, D), zeros for shared experts
     slope: Tensor | None
 
     def prepare(self) -> None:
         self._fix_budget()
         self.way = ways(self, self.way)
-        each = self.stand_in if self.way == "custom" else None
-        if each is not None:
-            each = torch.cat([each.new_zeros(self.first, self.width), each])
-        self.register_buffer("dropped_each", each)
         if self.way not in ("branch", "moe"):
             return
         router = self.router
@@ -178,7 +173,7 @@ class FfnForm(RoutedFFN):
         if type(self)._modulated is not RoutedFFN._modulated:
             y = layer.marked(x, select, tensors, self.activation)
             return self._finished(y, select, live, scores)
-        tensors["dropped"] = self.dropped_each
+        tensors["dropped"] = self.stand_in
         if self.slope is not None:
             tensors.update(scores=scores, slopes=self.slope)
         return layer.marked(x, select, tensors, self.activation)

@@ -9,6 +9,7 @@ typedef struct {
     const float *in[INPUTS]; /* NULL where the operator has no such input */
     float *y;
     int64_t T, N, m, D, R; /* of a product: tokens, outputs, -, inputs, - */
+    int64_t dropped;       /* experts, the last ones, that have a row of DROPPED */
     /* runs f(data, 0) .. f(data, n - 1), on several threads where there are some; 0 = done */
     int (*spread)(void *with, void (*f)(void *, size_t), size_t n, void *data);
     void *with;

@@ -37,7 +37,8 @@ def marked(
     Args:
         x: (..., D); select: (..., N), 0 where an expert is dead.
         tensors: up, gate, down (N, m, D), up_bias, gate_bias (N, m), down_bias (D,), dropped
-            (N, D), scores (..., R), slopes (R, D); None or left out where there is none.
+            (n, D) of the last n experts, scores (..., R), slopes (R, D); None or left out where
+            there is none.
 
     Returns:
         (..., D).

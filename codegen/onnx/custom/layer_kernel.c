@@ -33,6 +33,17 @@ static void range_share(void *data, size_t place)
     }
 }
 
+/* what stands in for dead experts */
+static void add_stand_ins(const ffn *a, const call *c)
+{
+    int64_t first = a->N - c->dropped;
+    for (int64_t t = 0; t < a->T; t++)
+        for (int64_t e = first; e < a->N; e++)
+            if (a->select[t * a->N + e] == 0.0f)
+                add_floats(a->y + t * a->D, 1.0f, c->in[DROPPED] + (e - first) * a->D, a->D);
+    stand_ins(a, 0, 1, a->y);
+}
+
 static int few_tokens(ffn *a, const call *c)
 {
     lives_of lives;
@@ -51,7 +62,7 @@ static int few_tokens(ffn *a, const call *c)
         used++;
         for (int64_t k = 0; k < n; k++) a->y[k] += s.sums[i * n + k];
     }
-    stand_ins(a, 0, 1, a->y);
+    add_stand_ins(a, c);
     if (used) *c->team = used;
     give_back(0, s.sums);
     forget(&lives);
@@ -101,7 +112,7 @@ static int many_tokens(ffn *a, const call *c)
     s.next = 0;
     if (!failed) failed = c->spread(c->with, second_share, SHARES, &s) || s.failed;
     drop(&plan);
-    if (!failed) stand_ins(a, 0, 1, a->y);
+    if (!failed) add_stand_ins(a, c);
     return failed;
 }
 
@@ -122,7 +133,7 @@ int ENTRY(KIND, LANES)(const call *c)
         ffn a = {
             .x = in[X] + t * c->D, .y = c->y + t * c->D, .select = (float *)in[SELECT] + t * c->N,
             .up = in[UP], .gate = in[GATE], .down = in[DOWN], .up_bias = in[UP_BIAS],
-            .gate_bias = in[GATE_BIAS], .down_bias = in[DOWN_BIAS], .dropped = in[DROPPED],
+            .gate_bias = in[GATE_BIAS], .down_bias = in[DOWN_BIAS],
             .scores = in[SCORES] ? (float *)in[SCORES] + t * c->R : NULL, .slopes = in[SLOPES],
             .T = MIN(most, c->T - t), .N = c->N, .m = c->m, .D = c->D, .R = c->R,
         };

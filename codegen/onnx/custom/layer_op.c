@@ -32,7 +32,8 @@ static void *layer_compute(void *kept, void *context)
     if (x->rank < 1 || x->rank > 8) return create_status(api, INVALID_ARGUMENT, "a routed layer's input has 1 to 8 dimensions");
     int64_t D = c.D = x->sizes[x->rank - 1], T = c.T = D ? x->count / D : 0, F = s->N * s->m;
     int64_t R = c.R = T ? in[SCORES].count / T : 0;
-    int64_t wanted[INPUTS] = {T * D, T * s->N, F * D, F * D, F * D, F, F, D, s->N * D, T * R, R * D};
+    c.dropped = D ? MIN(in[DROPPED].count / D, s->N) : 0;
+    int64_t wanted[INPUTS] = {T * D, T * s->N, F * D, F * D, F * D, F, F, D, c.dropped * D, T * R, R * D};
     for (size_t i = 0; i < INPUTS; i++) {
         c.in[i] = in[i].data;
         if (in[i].count == wanted[i] || (i >= GATE && !in[i].data)) continue;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import shlex
 import shutil
 import subprocess
@@ -13,13 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 from sparsify.codegen.cpu.build import NoCompiler
-from sparsify.codegen.onnx import parity, write
+from sparsify.codegen.onnx import parity, translate, write
 from sparsify.codegen.onnx.custom import build
 from sparsify.codegen.onnx.custom.files import beside, known
 from sparsify.codegen.onnx.custom.source import PRODUCT, Kind
+from sparsify.codegen.onnx.forms import into_forms
+from sparsify.codegen.onnx.trace import silenced
 from sparsify.errors import BadInput, OutputError
+from sparsify.runtime.calling import ModuleCall, Slot
+from sparsify.runtime.heads import RoutedColumns
+from sparsify.runtime.inputs import Magnitude, RoutedLinear
 from tests.unit.onnx.models import llama, needs_compiler
 from tests.unit.runtime.examples import SILU
 
@@ -33,7 +41,7 @@ def weights(seed: int = 0) -> dict[str, Any]:
     """Of a gated layer with biases and stand-ins."""
     draw = np.random.default_rng(seed)
     packed, rows = (EXPERTS, SIZE, WIDTH), (EXPERTS, SIZE)
-    shapes = (packed, packed, packed, rows, rows, (WIDTH,), (EXPERTS, WIDTH))
+    shapes = (packed, packed, packed, rows, rows, (WIDTH,), (EXPERTS - 1, WIDTH))
     sizes = zip(NAMES, shapes, strict=True)
     return {name: draw.standard_normal(shape).astype(np.float32) for name, shape in sizes}
 
@@ -66,7 +74,8 @@ def expected(t: dict[str, Any], x: Any, select: Any) -> Any:
         gate = x @ t["gate"][e].T + t["gate_bias"][e]
         hidden = gate / (1 + np.exp(-gate)) * (x @ t["up"][e].T + t["up_bias"][e])
         share = select[..., e : e + 1]
-        y += np.where(share != 0, share * (hidden @ t["down"][e]), t["dropped"][e])
+        instead = t["dropped"][e - 1] if e else 0  # of the last three
+        y += np.where(share != 0, share * (hidden @ t["down"][e]), instead)
     return y
 
 
@@ -171,6 +180,10 @@ def test_inputs_that_do_not_fit_are_refused(file: Path, tmp_path: Path) -> None:
     x, select = inputs(3)
     with pytest.raises(Exception, match="input 1 of a routed layer has 8 numbers, not 12"):
         running.run(None, {"x": x, "select": select[:, :2]})
+    more = weights() | {"dropped": np.zeros((EXPERTS + 1, WIDTH), np.float32)}
+    write.write(one_layer(more), tmp_path / "c.onnx", external=None, force=False)
+    with pytest.raises(Exception, match="input 8 of a routed layer has 200 numbers, not 160"):
+        parity.session(tmp_path / "c.onnx").run(None, {"x": x, "select": select})
     write.write(one_layer(weights(), experts=5), tmp_path / "a.onnx", external=None, force=False)
     with pytest.raises(Exception, match="input 1 of a routed layer has 12 numbers, not 15"):
         parity.session(tmp_path / "a.onnx").run(None, {"x": x, "select": select})
@@ -265,14 +278,65 @@ def test_products_read_no_rows_of_zeros_and_keep_what_is_no_number(tmp_path: Pat
 
 
 def test_a_model_is_held_with_its_library(tmp_path: Path) -> None:
+    """In a folder for clients; its large weights in half, which the operators read, too."""
     needs_compiler()
-    made = llama().export(tmp_path / "a.onnx", target="ort-custom", routing="custom")
-    assert [f.name for f in made.files] == ["a.onnx", "a.onnx.so", "a.onnx.c"]
-    assert made.forms["RoutedFFN as an operator of our own"] == 2
-    assert made.cases and all(case.ok for case in made.cases)
-    assert "a.onnx.so has to be registered" in made.text()
-    with pytest.raises(Exception, match="RoutedFFN_"):  # not a crash: an operator nobody knows
-        ort.InferenceSession(str(tmp_path / "a.onnx"))
+    options = {"target": "ort-custom", "routing": "custom", "weights": "float16"}
+    made = llama().export(f"{tmp_path}/served/", **options)
+    folder, names = tmp_path / "served", ["model.onnx", "model.onnx.so", "model.onnx.c"]
+    assert [f.name for f in made.files] == names and all(f.exists() for f in made.files)
+    assert not set(names) & set(made.beside)
+    genai = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    assert genai["session_options"]["custom_ops_library"] == "model.onnx.so"
+    for kind in ("RoutedFFN", "RoutedColumns"):
+        assert made.forms[f"{kind} as an operator of our own"] == 2
+    assert {case.against for case in made.cases} > {"model"} and all(c.ok for c in made.cases)
+    held = ir.load(folder / "model.onnx").graph.initializers.values()
+    sizes = [value.const_value.size for value in held if value.dtype == ir.DataType.FLOAT]
+    assert max(sizes) < 1024  # "small", or a router's
+    assert "model.onnx.so has to be registered" in made.text()
+    with pytest.raises(Exception, match="is not a registered"):  # no crash
+        ort.InferenceSession(str(folder / "model.onnx"))
+
+
+class Projections(nn.Module):
+    """By threshold, by count, with centres; sums over live units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        for name, rule, centre in (("cut", "threshold", None), ("best", "top-k", torch.randn(48))):
+            select = Magnitude(torch.rand(48) + 0.5, centre, rule=rule)
+            select.calibrate(torch.randn(64, 48))
+            select.set_active(0.5)
+            setattr(self, name, RoutedLinear(torch.randn(48, 20), torch.randn(20), select))
+        blocks, dropped = torch.randn(6, 8, 20), torch.randn(6, 20)
+        self.units = RoutedColumns(blocks, torch.randn(20), dropped=dropped)
+
+    def forward(self, x: Tensor, select: Tensor) -> tuple[Tensor, ...]:
+        return self.cut(x), self.best(x), self.units(x, select)
+
+
+def test_projections(tmp_path: Path) -> None:
+    needs_compiler()
+    eager, formed, free = Projections().eval(), Projections().eval(), torch.export.Dim.AUTO
+    into_forms(formed, "custom")
+    example = torch.randn(2, 3, 48), torch.ones(2, 3, 6)
+    with torch.no_grad(), silenced():
+        open_ = {0: free, 1: free}
+        traced = torch.export.export(formed, example, dynamic_shapes=(open_, open_), strict=False)
+    slots = (Slot("x", (None, None, 48)), Slot("select", (None, None, 6)))
+    tree = {"kind": "tuple", "items": [{"kind": "tensor"}] * 3}
+    call = ModuleCall(slots, ("x", "select"), {}, tree)
+    model = translate.translated(traced, call, 20, "ort-custom")
+    assert sum(node.op_type == "SkippingMatMul" for node in model.graph) == 3
+    write.write(model, tmp_path / "a.onnx", external=None, force=False)
+    running = parity.session(tmp_path / "a.onnx", threads=2)
+    for batch, tokens in ((1, 1), (1, 3), (2, 2), (3, 20)):
+        flat = torch.randn(batch, tokens, 48), (torch.rand(batch, tokens, 6) < 0.5).float()
+        with torch.no_grad():
+            wanted = eager(*flat)
+        for a, b in zip(parity.run(running, ("x", "select"), flat), wanted, strict=True):
+            assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
 
 
 def test_a_file_without_operators_of_ours_has_no_library(tmp_path: Path) -> None:
