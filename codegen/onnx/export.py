@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Exported:
             operators and its C source where the graph needs one.
         target, opset: what it needs of a runtime; active: router -> the budget in the file.
         forms: what routed modules became -> how many; operators: how many of each.
+        rewrites: what is written as larger operators than it was traced in -> how many.
         cases: the file against the model; empty where it was not asked for. Of a file with rounded
             weights more: see :mod:`sparsify.codegen.onnx.rounded`.
         weights: what became of the float weights.
@@ -59,6 +60,7 @@ class Exported:
     weights: Weights
     choices: tuple[choice.Choice, ...] = ()
     beside: tuple[str, ...] = ()
+    rewrites: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def remarks(self) -> tuple[Remark, ...]:
@@ -80,6 +82,7 @@ class Exported:
             "opset": self.opset,
             "active": self.active,
             "forms": self.forms,
+            "rewrites": dict(self.rewrites),
             "operators": self.operators,
             "choices": [made.to_dict() for made in self.choices],
             "weights": dataclasses.asdict(self.weights),
@@ -99,7 +102,8 @@ class Exported:
             for file in self.files
             if file.suffix == ".so"
         ]
-        lines += [f"  {count} x {what}" for what, count in self.forms.items()]
+        written = [*self.forms.items(), *self.rewrites.items()]
+        lines += [f"  {count} x {what}" for what, count in written]
         lines += [f"  {line}" for line in choice.told(self.choices)]
         if self.beside:
             lines.append(f"  beside it: {', '.join(self.beside)}")
@@ -198,6 +202,7 @@ def _export(
     return Exported(
         write.files_of(place), asked.target, asked.opset, model.active, trace.told(graph),
         dict(sorted(operators.items())), cases, done, how.choices,
+        rewrites=translate.rewrites(made),
     )  # fmt: skip
 
 

@@ -60,7 +60,10 @@ def block_of(node: Any, bits: int) -> int | None:
     """Inputs per scale for a ``MoE`` node in codes: the fewest bytes; None where there are none."""
     values = [node.inputs[place] for place in STACKS]
     bias = node.inputs[BIAS]
-    if any(v is None or not v.is_initializer() for v in values) or len(node.inputs) > max(STACKS) + 1:
+    if (
+        any(v is None or not v.is_initializer() for v in values)
+        or len(node.inputs) > max(STACKS) + 1
+    ):
         return None
     if bias is not None and not bias.is_initializer():
         return None

@@ -8,13 +8,22 @@ from typing import Any
 
 import torch
 
-from sparsify.codegen.onnx import branches, kv_heads, names, selections, targets
+from sparsify.codegen.onnx import (
+    branches,
+    cached_attention,
+    kv_heads,
+    names,
+    one_product,
+    selections,
+    targets,
+)
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.trace import first_line, silenced
 from sparsify.errors import NotExported
 from sparsify.runtime.calling import CallSpec
 
 PRODUCER = "sparsify"
+REWRITES = "sparsify.rewrites"  # in a graph's notes: what was written otherwise -> how often
 
 
 def translated(
@@ -53,10 +62,19 @@ def translated(
     kv_heads.unrepeated(model)
     _name_sizes(model, call)
     _tie(model)
+    model.graph.meta[REWRITES] = {
+        "Attention with its cache": cached_attention.with_cache(model),
+        "queries, keys and values as one product": one_product.projected(model),
+    }
     _clear(model)
     _check_domains(model, targets.DOMAINS[target])
     model.producer_name = PRODUCER
     return model
+
+
+def rewrites(model: Any) -> dict[str, int]:
+    """What an ``onnx_ir.Model`` was given that it was not traced in, and how often."""
+    return {what: count for what, count in model.graph.meta.get(REWRITES, {}).items() if count}
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:

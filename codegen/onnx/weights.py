@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparsify.codegen.onnx import qmoe
+from sparsify.codegen.onnx import one_product, qmoe
 from sparsify.codegen.onnx.custom.source import DOMAIN
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.rounding import Rounded, rounded
@@ -183,6 +183,9 @@ class Own:
 
     def whose(self, value: Any) -> str | None:
         """None for a weight that may be rounded, else what it is."""
+        if one_product.PARTS in value.meta:
+            found = [self.whose(part) for part in value.meta[one_product.PARTS]]
+            return next((why for why in found if why is not None), None)
         router = self._router.get(value.name)
         if router is None:  # a unit's slice of packed weights (branches.py)
             router = self._router.get(value.name.rpartition("_")[0])
