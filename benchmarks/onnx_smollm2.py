@@ -7,8 +7,9 @@ dense model as ``portable`` and for ``ort``, and the model at the budget by mask
 as ``ort`` and ``ort-custom`` choose by measurement on ``--threads`` threads, which may leave layers
 dense. Each decodes 64 tokens after a prompt, in turn, ``--rounds`` times; eager has its dials where
 the file has them. Threads of a file that has had its turn are left time to fall asleep, and the
-first tokens of a turn are not timed. ``--keep`` leaves the files there, and takes those that are
-there: timing can then be run again alone. Writes its part of benchmarks/results/onnx-smollm2.json.
+first tokens of a turn are not timed. ``--keep`` leaves the files there (those of other weights in a
+folder of their own), and takes those that are there: timing can then be run again alone. Writes its
+part of benchmarks/results/onnx-smollm2.json.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def main() -> None:
     given = asked.parse_args()
     torch.set_num_threads(given.threads)
     names = list(files(given.threads))
-    with folder(given.keep) as place:
+    apart = "" if given.weights == "float32" else given.weights  # of the files in float32
+    with folder(given.keep and given.keep / apart) as place:
         if not all(known_of(place, name).exists() for name in names):
             exported(given, place)
         if given.no_timing:

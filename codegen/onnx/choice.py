@@ -10,7 +10,7 @@ layer whose experts are copies of a whole one, or whose weights are not one, has
 
 Where both take about as long it does not matter which is written. What matters is how many experts
 are live: SmolLM2's layers break even at 32 of 64 on two threads, and by their budgets half of them
-have more, in use nearly none.
+have more, in use few.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 What is timed is as near to a model as one layer can be: every form is *one* session in which
 several copies of the layer stand one after the other (:mod:`sparsify.codegen.onnx.chain`), each
-with weights of its own. Together they do not fit into the cache, or the cache is cleared before a
-call: a layer of a model finds its weights in memory, and its operators' code in the cache.
+with weights of its own, and the cache is cleared before a call: a layer of a model finds its
+weights in memory, and its operators' code in the cache. (Of 64 MB in copies a good part of the live
+experts is still in a cache of 32 MiB when its turn comes again: as MoE SmolLM2's layers took 0.58
+of the dense layer's time so, 0.66 with twice as many copies, 0.73 cleared, in the model 0.7.)
 
 In a session with several threads those that wait stay awake: they look for work for tens of
 milliseconds, between calls too. Without that an operator that uses two threads has to wake one
@@ -15,11 +17,12 @@ do not count (woken threads may share a core until the system moves one: calls t
 long, for 60 ms). The median of a turn's calls counts, and of turns the median again.
 
 Held against whole models, decoded with all layers in a form and all dense (milliseconds saved a
-layer; here, in the model): SmolLM2-135M as MoE, 22 of 64 experts live, 0.16 and 0.14 on two
-threads, 0.39 and 0.33 on one; a llama of such layers with 40 live -0.02 and 0.02, 0.02 and 0.04, in
-branches -0.64 and -0.52, -0.56 and -0.44; 2048/8192 in 64 experts, 41 live, as MoE 0.5 and 0.7, 2.1
-and 0.5, in branches 0.3 and 0.7, 3.4 and 3.2. How fast memory is changes on a shared machine within
-minutes, and the savings with it (SmolLM2 again, two threads: 0.07).
+layer: here, in the model; on two threads, on one): SmolLM2-135M as MoE, 22 of 64 experts live, 0.09
+to 0.12 and 0.07 to 0.14, 0.25 and 0.26 to 0.33; a llama of such layers, 40 live, -0.04 and 0.02,
+-0.02 and 0.06, in branches -0.75 and -0.55, -0.53 and -0.49; 2048/8192 in 64 experts, 41 live, as
+MoE 0.4 and 0.7, 1.2 and 0.5, in branches 0.3 and 0.7, 1.7 and 3.2; in 8, half live, in branches
+with int8 weights 0.6 and 0.9, 1.4 and 1.4, int4 0.5 and 0.5, 0.9 and 1.2. (How fast memory is
+changes on a shared machine within minutes, and what is saved with it.)
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from sparsify.codegen.onnx.chain import chained, input_names
 from sparsify.runtime.ffn import RoutedFFN
 
 TURNS = 7  # of every form
-WARM, TURN = 0.08, 0.06  # seconds of a turn that do not count, and that do; a call at least of both
+WARM, TURN = 0.08, 0.08  # seconds of a turn that do not count, and that do; a call at least of both
 DRAWN = 4  # selections of a turn
 BUFFER = 64 << 20  # bytes; the caches of the machines here hold 32 MiB
 MOST = 8  # copies
@@ -55,12 +58,10 @@ class Running:
 
     Attributes:
         session: of ONNX Runtime; copies: of the layer in it.
-        swept: whether the cache is cleared before a call, since the copies fit into it.
     """
 
     session: Any
     copies: int
-    swept: bool
 
 
 def measured(
@@ -82,13 +83,13 @@ def sessions(ffn: RoutedFFN, ways: Sequence[str], folder: Path, asked: Asked) ->
     """The layer in each of its forms, from files under ``folder``."""
     size = sum(p.numel() for p in ffn.parameters()) * BYTES.get(asked.weights, 4.0)
     copies = min(-(-BUFFER // max(round(size), 1)), MOST)
-    swept, found = copies * size < BUFFER, {}
+    found = {}
     for way in ways:
         made = chained(ffn, way, copies, asked.opset, asked.weights)
         file, *_ = write.write(made, folder / f"{way}.onnx", external=None, force=False)
         del made
         session = parity.session(file, threads=asked.threads, in_turn=True)
-        found[way] = Running(session, copies, swept)
+        found[way] = Running(session, copies)
     return found
 
 
@@ -122,8 +123,7 @@ def _calls(running: Running, feeds: Sequence[dict[str, Any]], seconds: float) ->
     found: list[float] = []
     end = time.perf_counter() + seconds
     while not found or time.perf_counter() < end:
-        if running.swept:
-            _sweep()
+        _sweep()
         start = time.perf_counter()
         running.session.run(None, feeds[len(found) % len(feeds)])
         found.append(time.perf_counter() - start)

@@ -106,7 +106,7 @@ def test_every_copy_reads_codes_as_the_model_does(weights: str, tmp_path: Path) 
 
 
 def test_the_timer_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In ONNX Runtime, small: every form runs, at both budgets, cache cleared where it is large."""
+    """In ONNX Runtime, small: every form runs, at both budgets, the cache cleared before a call."""
     swept: list[int] = []
     monkeypatch.setattr(timing, "TURNS", 2)
     monkeypatch.setattr(timing, "WARM", 0.0)
@@ -119,17 +119,14 @@ def test_the_timer_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(ffn) is RoutedFFN and not isinstance(ffn.router.threshold, torch.Tensor)
 
 
-def test_copies_fill_the_cache_or_it_is_cleared(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_large_layer_is_there_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A small one as often as fills the buffer, at most eight times."""
     size = sum(p.numel() for p in layer().parameters()) * 4
-    for buffer, copies, swept in ((size, 1, False), (3 * size, 3, False), (99 * size, 8, True)):
+    for buffer, copies in ((size, 1), (3 * size, 3), (99 * size, 8)):
         monkeypatch.setattr(timing, "BUFFER", buffer)
         folder = tmp_path / str(copies)
         folder.mkdir()
-        running = timing.sessions(layer(), ["dense"], folder, Asked())["dense"]
-        assert (running.copies, running.swept) == (copies, swept)
-        assert len(running.session.get_inputs()) >= 1
+        assert timing.sessions(layer(), ["dense"], folder, Asked())["dense"].copies == copies
 
 
 def test_threads_sleep_between_turns_and_not_inside(tmp_path: Path) -> None:
