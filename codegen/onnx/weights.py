@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparsify.codegen.onnx.custom.source import DOMAIN
+from sparsify.codegen.onnx.custom import DOMAIN
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.rounding import Rounded, rounded
 from sparsify.codegen.onnx.targets import BITS
