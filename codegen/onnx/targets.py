@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from sparsify.codegen.onnx.custom import DOMAIN
 from sparsify.errors import BadInput, did_you_mean
 
 DOMAINS: dict[str, tuple[str, ...]] = {  # target -> domains beside the standard's
     "portable": (),
     "ort": ("com.microsoft",),  # ONNX Runtime's own operators, where they are faster
     # and ours, in a library that is built beside the file and has to be registered
-    "ort-custom": ("com.microsoft", "sparsify"),
+    "ort-custom": ("com.microsoft", DOMAIN),
 }
 TARGETS = tuple(DOMAINS)
 # how feed-forward layers skip: not at all, dead units are set to zero; experts compute the tokens

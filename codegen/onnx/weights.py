@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from sparsify.codegen.onnx import one_product, qmoe
-from sparsify.codegen.onnx.custom.source import DOMAIN
+from sparsify.codegen.onnx.custom import DOMAIN
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.rounding import Rounded, rounded
 from sparsify.codegen.onnx.targets import BITS

@@ -1,11 +1,17 @@
-"""The library beside a file: ``NAME.onnx.so``, and ``NAME.onnx.c``, which it was built from."""
+"""The library beside a file: ``NAME.onnx.so``, and ``NAME.onnx.c``, which it was built from.
+
+Nothing here needs torch until there is something to build.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparsify.codegen.onnx.custom.source import DOMAIN, Kind
+from sparsify.codegen.onnx.custom import DOMAIN
+
+if TYPE_CHECKING:
+    from sparsify.codegen.onnx.custom.source import Kind
 
 _KNOWN: dict[str, Kind] = {}  # by the operator's name: what a graph asks for
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sparsify.codegen.elementwise import CannotLower
+from sparsify.codegen.onnx.custom import DOMAIN
 from sparsify.codegen.onnx.custom.files import known
-from sparsify.codegen.onnx.custom.source import DOMAIN, Kind
+from sparsify.codegen.onnx.custom.source import Kind
 from sparsify.runtime.program import Program
 
 # in order; operator.c's enum

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.codegen.onnx.custom import DOMAIN
 from sparsify.codegen.onnx.custom.files import known
-from sparsify.codegen.onnx.custom.source import DOMAIN, PRODUCT
+from sparsify.codegen.onnx.custom.source import PRODUCT
 
 FEW = 3  # tokens of a call for which it is faster; product_op.c's MOST_SKIPPING
 

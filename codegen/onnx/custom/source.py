@@ -18,7 +18,6 @@ from sparsify.codegen.cpu.ffn_source import ELEMENTARY, kind, sizes, tiles
 from sparsify.codegen.elementwise import c_source
 from sparsify.runtime.program import Program
 
-DOMAIN = "sparsify"
 WIDTHS = (4, 8, 16)  # LANES of operator.c: any processor, AVX2, AVX-512
 _HERE = Path(__file__).parent
 
