@@ -101,6 +101,7 @@ def put(graph: Any, node: Any, first: Plan, second: Plan) -> None:
     inputs = [*node.inputs[:2]]
     for plan, pad in ((first, ((0, 0), (0, rows), (0, 0))), (second, ((0, 0), (0, 0), (0, more)))):
         codes = np.pad(plan.codes, pad)
+        assert plan.scales is not None
         scales = np.pad(plan.scales.astype(np.float32), (*pad[:2], (0, 0)), constant_values=1.0)
         scales = np.repeat(scales, codes.shape[2] // block // scales.shape[2], axis=2)
         name = plan.value.name
