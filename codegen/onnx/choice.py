@@ -97,7 +97,7 @@ def chosen(
 
     Args:
         tokens: of a timed call; threads: of ONNX Runtime there, None = as many as torch has.
-        moe: whether ONNX Runtime's operator may be taken; it reads no codes.
+        moe: whether ONNX Runtime's operator may be taken.
     """
     if routing != "auto":
         yield Chosen(routing)

@@ -151,6 +151,7 @@ def export(
     model = _in_float32(model)
     tell = _teller(progress)
     tell()
+    # forms are timed in float32: MoE gains there at sizes where QMoE, its like in codes, does not
     coded = precision in targets.BITS
     with choice.chosen(model, target, routing, tokens, moe=not coded) as how:
         return _export(
