@@ -69,12 +69,13 @@ def _rewritten(graph: Any, node: Any) -> bool:
         return False
     if len([value for value in node.outputs if value.uses() or value.is_graph_output()]) != 1:
         return False
-    caches = [_appended(value) for value in given[1:3]]
+    caches = [cache for value in given[1:3] if (cache := _appended(value)) is not None]
     out = _joined(node.outputs[0])
-    if None in caches or out is None:
+    if len(caches) < 2 or out is None:
         return False
-    heads = [_apart(value) for value in (given[0], *(new for _, new, _ in caches))]
-    if None in heads or heads[1].count != heads[2].count:
+    sources = (given[0], *(new for _, new, _ in caches))
+    heads = [part for value in sources if (part := _apart(value)) is not None]
+    if len(heads) < 3 or heads[1].count != heads[2].count:
         return False
     query, key, value = (_turned(node, part) for part in heads)
     attributes = {name: a for name, a in node.attributes.items() if name != "is_causal"}

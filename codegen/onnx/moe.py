@@ -12,7 +12,8 @@ ones; which of them a layer has is found by trying (:func:`activation_of`). Its 
 weights as they lie (the dense layer's are packed when the file is loaded), so it is slower than
 dense at 8 tokens, and than :mod:`sparsify.codegen.onnx.branches` wherever experts are few and
 large; for many small experts and one token it is the fastest (README, section ONNX). Two threads
-share out the experts, live or not: more experts, evener work.
+share out the experts, live or not: more experts, evener work. With weights in 8 or 4 bits it
+becomes another operator (:mod:`sparsify.codegen.onnx.qmoe`).
 """
 
 from __future__ import annotations

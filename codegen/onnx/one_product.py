@@ -31,8 +31,8 @@ def projected(model: Any) -> int:
 
 def _as_one(graph: Any, node: Any) -> bool:
     (ir,) = need("onnx_ir")
-    products = [_product(value) for value in node.inputs[:3]]
-    if None in products or len({p.inputs[0] for p in products}) > 1 or len(set(products)) < 3:
+    products = [p for value in node.inputs[:3] if (p := _product(value)) is not None]
+    if len(set(products)) < 3 or len({p.inputs[0] for p in products}) > 1:
         return False
     weights = [p.inputs[1] for p in products]
     if not all(_own(weight) for weight in weights):

@@ -6,6 +6,15 @@ as (E, outputs, inputs) with one scale per block of inputs, the same block size 
 neurons are added, all zeros, until their count is whole blocks. Where scales are per output, as at
 8 bits, every block of an output has the same one.
 
+Measured, ONNX Runtime 1.32, half of the experts live (a quarter of all by every token, as a dense
+layer), milliseconds at 8 bits: dense; experts as gathered rows; this. 2048/8192, one token, one
+thread: in 8 experts 3.40, 2.11, 1.79, in 64 3.41, 2.68, 1.91; two threads 2.07, 1.49, 1.29 and
+2.03, 2.53, 1.31. 8 tokens, one thread: 8.6, 5.7, 4.7 and 8.8, 7.1, 5.7, where MoE in float32 is
+slower than its dense layer. 576/1536, one token, one thread: in 8 0.24, 0.26, 0.20, in 64 0.22,
+0.80, 0.26. At 4 bits 2048/8192 in 8 2.42, 1.49, 1.46, in 64 2.42, 2.11, 1.40; 576/1536 in 8 0.18,
+0.24, 0.18, in 64 0.17, 0.79, 0.24. So it is the fastest but for small layers in many experts, and
+for those on two threads, where the dense layer is.
+
 The kernel has products of its own for blocks only; without them it makes every expert that is used
 in float32, in every call. At 4 bits it rounds activations to 8 bits where ``accuracy_level`` asks
 for it, which is what ONNX Runtime does by itself in products with codes; at 8 bits it always does.
@@ -101,6 +110,7 @@ def put(graph: Any, node: Any, first: Plan, second: Plan) -> None:
     inputs = [*node.inputs[:2]]
     for plan, pad in ((first, ((0, 0), (0, rows), (0, 0))), (second, ((0, 0), (0, 0), (0, more)))):
         codes = np.pad(plan.codes, pad)
+        assert plan.scales is not None
         scales = np.pad(plan.scales.astype(np.float32), (*pad[:2], (0, 0)), constant_values=1.0)
         scales = np.repeat(scales, codes.shape[2] // block // scales.shape[2], axis=2)
         name = plan.value.name

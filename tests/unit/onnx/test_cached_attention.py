@@ -122,6 +122,19 @@ def test_where_it_is_the_same(odd: str, cached: int, together: int, tmp_path: Pa
             assert float((found - mine).abs().max()) <= 1e-5 * float(mine.abs().max())
 
 
+def test_the_standards_evaluator_agrees(tmp_path: Path) -> None:
+    reference = pytest.importorskip("onnx.reference")
+    module, model = translated("")
+    write.write(model, tmp_path / "a.onnx", external=None, force=False)
+    flat = example(2, 3, 7)
+    feed = {name: tensor.numpy() for name, tensor in zip(NAMES, flat, strict=True)}
+    with torch.no_grad():
+        expected = module(*flat)
+    running = reference.ReferenceEvaluator(str(tmp_path / "a.onnx"))
+    for found, mine in zip(running.run(None, feed), expected, strict=True):
+        assert float((torch.from_numpy(found) - mine).abs().max()) <= 1e-5
+
+
 def test_a_second_time_there_is_nothing_to_do() -> None:
     model = translated("")[1].clone()
     assert cached_attention.with_cache(model) == 0
