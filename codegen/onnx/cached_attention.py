@@ -6,23 +6,27 @@ and values as the projections give them, (B, S, heads * d), and the cache beside
 longer cache; ``RotaryEmbedding`` takes the same layout. Values are the same to the last bit in ONNX
 Runtime 1.32.
 
-Measured there, whole model without most of its feed-forward layers (SmolLM2's attention: 9 query
-heads, 3 key/value heads, d 64), microseconds that a layer saves in one call of one token, one
-thread, after 256 cached and after 1024: this 13 and 54; this with q, k, v as one product
-(:mod:`sparsify.codegen.onnx.one_product`) 25 and 63; on two threads 42 and 15, with one product 56
-and 36. Prefill of 128: a hundredth faster, with one product none. With 9 key/value heads, after
-1024, 170 on one thread, 150 on two.
+Measured there on four layers of SmolLM2's attention (9 query heads, d 64) with next to no
+feed-forward layers: microseconds that a layer saves, one token after 256 cached, after 1024. 3
+key/value heads: one thread 13, 54; two threads less than the same file differs from itself (28).
+9 key/value heads: one thread 15, 170; two 80, 153; with q, k, v as one product
+(:mod:`sparsify.codegen.onnx.one_product`) 38, 167 and 112, 195. Prefill of 128: 1 to 2 % faster, 6
+on two threads with 9; the one product takes half of that back. A dense model of SmolLM2's sizes,
+30 layers, one token after 256, both together: two threads 6 % faster (5 processes), one thread no
+difference that shows (0.99 to 1.02 of two copies of the file without them, which differ by 4 %).
 
-Tried beside it, com.microsoft operators in the same places, same calls: ``GroupQueryAttention``
-(rotation outside, padding as ``attention_bias``, ``query_seqlens`` so that a batch may decode
-several tokens) -8 and -30 on one thread, 29 and -2 on two: no faster than what was there before;
-its own rotation (``do_rotary``) reads one position per row of a first call, which left padding
-needs to be several, and its packed q, k, v come with it only. ``MultiHeadAttention`` needs as many
-key/value heads as query heads: 23 and 122 there, where this saves 15 and 170.
-``SkipSimplifiedLayerNormalization`` for a sum and its ``RMSNormalization``: nothing for one token,
-2 % slower at 128. Gate and up as one product: nothing. Sessions that are loaded one after the other
-differ by 10 % for the same file, the later ones faster as a rule: these are medians of 9 processes
-that load in random order.
+Tried in the same places, com.microsoft operators. ``GroupQueryAttention`` (rotation outside,
+padding as ``attention_bias``, ``query_seqlens`` so that a batch may decode several tokens at once):
+with 3 heads -8, -30 and 29, -2; with 9 26, 149 and -15, -133. With one product for q, k, v and 3
+heads it is 1 to 3 % faster than this with one product on two threads, 8 and 12 % slower on one. Its
+own rotation (``do_rotary``) uses, as its documentation says, one position of a first prompt, where
+left padding needs one per row. ``MultiHeadAttention`` needs as many key/value heads as
+query heads: 23, 122 and 11, 92 there. ``SkipSimplifiedLayerNormalization`` for a sum and its
+``RMSNormalization``: nothing for one token, 2 % slower at 128 on one thread. Gate and up as one
+product: nothing.
+
+All are medians over 5 to 9 processes that load the files in random order: in one process the same
+file, loaded first and last, differed by 10 %.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 ``MatMul`` by the three matrices side by side, then ``Split``. What it saves is in
 :mod:`sparsify.codegen.onnx.cached_attention`; the two products of a gated feed-forward layer gain
-nothing by it. Every output keeps its own column, so codes and scales of rounded weights are those
+nothing by it (ten layers: 0.97 to 1.00 of the time, with an order of loading that could be all of
+that). Every output keeps its own column, so codes and scales of rounded weights are those
 of the three.
 """
 
