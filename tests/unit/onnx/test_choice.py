@@ -150,12 +150,13 @@ def test_what_was_asked_for_is_what_is_timed(
     def enough(*_: Any) -> Any:
         raise ParityFailed("enough")
 
-    asked = tell(monkeypatch, dense=(10, 10), mask=(12, 12), branch=(6, 11))
+    asked = tell(monkeypatch, dense=(10, 10), mask=(12, 12), branch=(6, 11), moe=(7, 12))
     monkeypatch.setattr(exporting.trace, "formed", enough)
     options: dict[str, Any] = {"target": "ort", "tokens": 4, "threads": 1, "weights": "int4"}
     with pytest.raises(ParityFailed):
         model.export(f"{tmp_path}/{place}", **options)
-    assert asked == [(["mask", "branch", "dense"], [2, 3], Asked("ort", "auto", 23, "int4", 4, 1))]
+    ways = ["mask", "branch", "moe", "dense"]
+    assert asked == [(ways, [2, 3], Asked("ort", "auto", 23, "int4", 4, 1))]
     with pytest.raises(BadInput, match="0 threads"):
         model.export(f"{tmp_path}/{place}", **{**options, "threads": 0})
     assert list(tmp_path.iterdir()) == []
