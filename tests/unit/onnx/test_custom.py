@@ -134,6 +134,7 @@ def test_calls_at_once(file: Path) -> None:
     assert not failed
 
 
+@pytest.mark.slow
 def test_the_source_says_how_it_is_built_and_fits_any_processor(file: Path, tmp_path: Path) -> None:
     """The commands at its head build it; each width of vectors computes the same."""
     shutil.copy(file, tmp_path / "model.onnx")

@@ -73,9 +73,13 @@ def test_copies_have_weights_that_are_not_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "operator"), [("int4", "DequantizeLinear"), ("int8", "Dequantize"),
-                              ("float16", "Cast")],
-)  # fmt: skip
+    ("weights", "operator"),
+    [
+        ("int4", "DequantizeLinear"),
+        pytest.param("int8", "Dequantize", marks=pytest.mark.slow),
+        pytest.param("float16", "Cast", marks=pytest.mark.slow),
+    ],
+)
 def test_weights_are_stored_as_the_file_stores_them(
     weights: str, operator: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
