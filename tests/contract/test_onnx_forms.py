@@ -33,7 +33,7 @@ def test_forms_compute_what_eager_computes(name: str, pipeline: str) -> None:
         for active, way in ((1.0, "mask"), (0.5, "mask"), *ways(model)):
             model.set_active(active)
             graph = formed(model, way)
-            for case, flat in cases(model):
+            for case, flat in cases(model)[:: 1 if (active, way) == (0.5, "mask") else 3]:
                 with torch.no_grad():
                     both = (graph.forward(*flat), model.graph(*flat))
                 pairs = zip(*(counted(model, flat, outputs) for outputs in both), strict=True)

@@ -41,6 +41,7 @@ def test_text(bench: Callable[[str], Any], tmp_path: Path) -> None:
     assert routed["flops"] == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.slow
 def test_choices(bench: Callable[[str], Any], tmp_path: Path) -> None:
     choices = bench("choices")
     made = list(choices.questions("docstrings", 20, 0))
@@ -65,6 +66,7 @@ def test_embeddings(bench: Callable[[str], Any], tmp_path: Path) -> None:
     assert found["rows"][1]["cosine"] == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bits(bench: Callable[[str], Any], tmp_path: Path) -> None:
     out = tmp_path / "b.json"
     bench("bits").main(
@@ -79,6 +81,7 @@ def test_bits(bench: Callable[[str], Any], tmp_path: Path) -> None:
     assert rows["8 allotted", 0.5]["kl"] > rows["8 allotted", 1.0]["kl"]
 
 
+@pytest.mark.slow
 def test_recipes(bench: Callable[[str], Any], tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     bench("recipes").main(
@@ -92,6 +95,7 @@ def test_recipes(bench: Callable[[str], Any], tmp_path: Path) -> None:
         assert 0 < table["dead inputs at the mean of dead ones"] < 1
 
 
+@pytest.mark.slow
 def test_pruning(bench: Callable[[str], Any], tmp_path: Path) -> None:
     out = tmp_path / "p.json"
     bench("pruning").main(

@@ -110,7 +110,7 @@ def test_bytes_of_another_architecture() -> None:
 # ---------------------------------------------------------------------------- how it measures
 
 
-@pytest.mark.parametrize("passes", [ALL, "hidden-route"])
+@pytest.mark.parametrize("passes", [ALL, pytest.param("hidden-route", marks=pytest.mark.slow)])
 def test_a_replay_is_the_whole_run(passes: str) -> None:
     sparse, state = compiled("llama", passes)
     units = units_of(sparse.graph, state.placed, context=512)

@@ -37,6 +37,7 @@ def hold(spec: KernelSpec, target: str, found: facts.Facts) -> None:
         assert found.tensor_cores > 0, f"{spec.name} on {target}: no tensor-core instruction"
 
 
+@pytest.mark.slow
 def test_some_kernels_do_not_spill_and_use_tensor_cores() -> None:
     specs = {spec.name: spec for spec in ALL}
     assert set(SOME.values()) == set(facts.TARGETS)

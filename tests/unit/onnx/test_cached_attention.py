@@ -97,10 +97,10 @@ def translated(odd: str) -> tuple[Attending, Any]:
     [
         ("", 1, 1),
         ("bias", 1, 0),
-        ("other rows", 1, 0),
-        ("read apart", 1, 1),
-        ("norm", 0, 0),
-        ("order", 0, 0),
+        pytest.param("other rows", 1, 0, marks=pytest.mark.slow),
+        pytest.param("read apart", 1, 1, marks=pytest.mark.slow),
+        pytest.param("norm", 0, 0, marks=pytest.mark.slow),
+        pytest.param("order", 0, 0, marks=pytest.mark.slow),
         ("heads", 0, 0),
     ],
 )

@@ -167,6 +167,7 @@ def translated() -> Any:
     return _translated(program, model.call_spec, targets.OPSET_ORT, "ort")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_model_whose_experts_are_codes(
     precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,21 @@ def layer() -> RoutedFFN:
     return ffn
 
 
+@functools.cache
+def made(way: str, weights: str, least: int) -> Any:
+    """A chain of three; ``least`` is chain.LEAST, which some tests change."""
+    assert least == chain.LEAST
+    return chain.chained(layer(), way, COPIES, 21, weights)
+
+
 def written(way: str, folder: Path, weights: str = "float32") -> Path:
-    """A chain of three."""
-    made = chain.chained(layer(), way, COPIES, 21, weights)
-    return write.write(made, folder / f"{way}-{weights}.onnx", external=None, force=False)[0]
+    """It as a file."""
+    return write.write(
+        made(way, weights, chain.LEAST),
+        folder / f"{way}-{weights}.onnx",
+        external=None,
+        force=False,
+    )[0]
 
 
 def drawn(tokens: int = 2) -> list[Tensor]:
@@ -66,8 +78,8 @@ def test_a_chain_is_the_layer_several_times(
 def test_copies_have_weights_that_are_not_equal(tmp_path: Path) -> None:
     """ONNX Runtime packs equal ones once, and would read them from the cache."""
     for way in ("branch", "moe"):
-        made = chain.chained(layer(), way, COPIES, 21)
-        held = [v.const_value for v in made.graph.initializers.values()]
+        model = made(way, "float32", chain.LEAST)
+        held = [v.const_value for v in model.graph.initializers.values()]
         large = [t.numpy().tobytes() for t in held if t.size >= chain.LEAST]
         assert len(large) >= COPIES and len(set(large)) == len(large)
 
