@@ -126,6 +126,7 @@ def table(cells: dict[str, Any]) -> str:
 
 def selected(cells: dict[str, Any]) -> str:
     """How the files' selections agree with eager's."""
+    compared = [found for found in cells.values() if "selections" in found]
     routed = {key: found for key, found in cells.items() if found.get("selections")}
     total = sum(found["selections"] for found in routed.values())
     differ = {key: found["differ"] for key, found in routed.items() if found["differ"]}
@@ -133,8 +134,9 @@ def selected(cells: dict[str, Any]) -> str:
     if differ:
         said = "as in eager but for " + ", ".join(f"{n} of {key}" for key, n in differ.items())
     return (
-        f"{len(routed)} of the files select per token (others have a fixed choice of units at this"
-        f" budget): {total:,} selections, each a unit live or not for a token, {said}."
+        f"Selections were compared in {len(compared)} files, {len(routed)} of which select per"
+        f" token (the choice of others is fixed at this budget): {total:,} selections, each a unit"
+        f" live or not for a token, {said}."
     )
 
 
