@@ -39,10 +39,11 @@ class _Columns(RoutedColumns):
     """z (..., in), select (..., N) -> (..., out).
 
     Attributes:
-        way: ``custom``: rows of dead units are not read; anything else: by masks.
+        way: ``custom``: rows of dead units are not read; ``mask``. ways: both.
     """
 
     way = "mask"
+    ways = ("mask", "custom")
 
     def columns(self, z: Tensor, select: Tensor) -> Tensor:
         units, width, _ = self.blocks.shape
@@ -107,10 +108,11 @@ class LinearForm(RoutedLinear):
     """x (..., in) -> (..., out).
 
     Attributes:
-        way: ``custom``: columns of dead inputs are not read; anything else: by masks.
+        way: ``custom``: columns of dead inputs are not read; ``mask``. ways: both.
     """
 
     way = "mask"
+    ways = ("mask", "custom")
 
     def forward(self, x: Tensor) -> Tensor:
         return _sums(self, x, self.way)
@@ -121,6 +123,7 @@ class GatedForm(GatedLinear):
     """x (..., in), gates (..., out) -> (..., out); ``way`` as in :class:`LinearForm`."""
 
     way = "mask"
+    ways = ("mask", "custom")
 
     def prepare(self) -> None:
         self.follow()

@@ -120,8 +120,9 @@ def _into_form(module: RoutedModule, way: str) -> None:
             module.keep = False
     if found is not None:
         module.__class__ = found
-        if hasattr(found, "way"):
-            setattr(module, "way", way)  # noqa: B010  (only some forms have it)
+        if hasattr(found, "way"):  # only some forms have it, and some of these not all ways
+            able = getattr(found, "ways", (way,))
+            setattr(module, "way", way if way in able else "mask")  # noqa: B010
         prepare = getattr(module, "prepare", None)
         if prepare is not None:
             prepare()

@@ -166,6 +166,15 @@ def test_what_has_no_form_is_refused_with_its_place(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("way", ["branch", "moe", "custom"])
+def test_a_form_is_told_as_it_is_written(way: str) -> None:
+    """Projections have not all the ways that feed-forward layers have."""
+    found = trace.told(trace.formed(llama(), way))
+    columns = trace.HOW["custom" if way == "custom" else "mask"]
+    assert found[f"RoutedColumns {columns}"] == found["RoutedRows by masks"] == 2
+    assert found[f"RoutedFFN {trace.HOW[way]}"] == 2
+
+
 def test_adapters_are_to_be_merged_first() -> None:
     model = copy.deepcopy(llama())
     ffn = next(m for m in model.modules() if isinstance(m, RoutedFFN))
