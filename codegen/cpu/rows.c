@@ -13,6 +13,15 @@ typedef struct {
     float *times;
 } list;
 
+#if LANES == 16 && defined(__AVX512F__)
+/* Places and values of the live ones of 16, put close together (whole vectors are written); how many. */
+INLINE int64_t put_live(__mmask16 live, __m512i at, __m512 v, int32_t *row, float *times) {
+    _mm512_storeu_ps(times, _mm512_maskz_compress_ps(live, v));
+    _mm512_storeu_si512(row, _mm512_maskz_compress_epi32(live, at));
+    return __builtin_popcount(live);
+}
+#endif
+
 typedef struct {
     const weight_t *matrix;   /* (rows, out) */
     const value_t *offset;    /* (out) or null */

@@ -100,9 +100,7 @@ static int64_t above(const float *score, float least, int64_t n, int32_t *row, f
     for (; j + 16 <= n; j += 16) { /* whole vectors are written: up to j + 16, which was read */
         __mmask16 live = _mm512_cmp_ps_mask(_mm512_loadu_ps(score + j), cut, _CMP_GT_OQ);
         __m512 v = _mm512_loadu_ps(times + j);
-        _mm512_storeu_ps(times + found, _mm512_maskz_compress_ps(live, v));
-        _mm512_storeu_si512(row + found, _mm512_maskz_compress_epi32(live, at));
-        found += __builtin_popcount(live);
+        found += put_live(live, at, v, row + found, times + found);
         at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
     }
 #endif

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
+from sparsify.codegen.machine import usable_cores
 from sparsify.codegen.onnx.targets import OPSET
 from sparsify.errors import BadInput
 
@@ -46,7 +46,7 @@ def counts(tokens: Any, threads: Any, routing: str) -> None:
         return
     if not _positive(threads):
         raise BadInput(f"{threads!r} threads cannot compute", help="1 or more")
-    cores = _cores()
+    cores = usable_cores()
     if routing == "auto" and threads > cores:
         raise BadInput(
             f"{threads} threads cannot be timed here",
@@ -57,13 +57,6 @@ def counts(tokens: Any, threads: Any, routing: str) -> None:
 
 def _positive(count: Any) -> bool:
     return isinstance(count, int) and not isinstance(count, bool) and count >= 1
-
-
-def _cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _count(number: int, what: str) -> str:

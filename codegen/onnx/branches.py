@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsify.codegen.onnx.needs import need
+from sparsify.codegen.onnx.values import initializer
 
 DOMAIN = "sparsify.traced"  # in no file: gathered() replaces its operators
 
@@ -154,11 +155,7 @@ class _Units:
         """A unit's slice of an initializer, as one of its own."""
         name = f"{packed.name}_{unit}"
         if name not in self.graph.initializers:
-            tensor = self.ir.tensor(packed.const_value.raw[unit], name=name)
-            value = self.ir.Value(
-                name=name, shape=tensor.shape, type=packed.type, const_value=tensor
-            )
-            self.graph.register_initializer(value)
+            initializer(self.graph, self.ir.tensor(packed.const_value.raw[unit], name=name))
         return self.graph.initializers[name]
 
     def split(self, pairs: Any) -> Any:

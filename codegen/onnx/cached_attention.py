@@ -35,6 +35,7 @@ import dataclasses
 from typing import Any
 
 from sparsify.codegen.onnx.needs import need
+from sparsify.codegen.onnx.values import take_over
 
 SPLIT = (0, 2, 1, 3)  # (B, S, H, d) <-> (B, H, S, d)
 
@@ -90,7 +91,7 @@ def _rewritten(graph: Any, node: Any) -> bool:
     )  # fmt: skip
     graph.insert_before(node, made)
     for old, new in zip((out, *(whole for *_, whole in caches)), made.outputs, strict=True):
-        _replace(old, new)
+        take_over(old, new)
     return True
 
 
@@ -155,13 +156,6 @@ def _turned(place: Any, heads: Heads) -> Any:
     value, joined = made.outputs[0], heads.joined
     value.name, value.type, value.shape = f"{old.outputs[0].name}.joined", joined.type, joined.shape
     return value
-
-
-def _replace(old: Any, new: Any) -> None:
-    """With its name, which may be an output's."""
-    new.type, new.shape = old.type, old.shape
-    new.name, old.name = old.name, f"{old.name}.before"
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def _is_split(node: Any) -> bool:

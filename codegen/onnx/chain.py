@@ -23,6 +23,7 @@ from sparsify.codegen.onnx.codes_in_graph import put_codes
 from sparsify.codegen.onnx.forms import into_forms
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.trace import silenced
+from sparsify.codegen.onnx.values import initializer
 from sparsify.codegen.onnx.weights import LEAST, planned
 from sparsify.runtime.budget import Budgeted
 from sparsify.runtime.calling import ModuleCall, Slot
@@ -156,18 +157,12 @@ def _copied(graph: Any, value: Any, at: int) -> Any:
     if array.size >= LEAST and array.dtype != np.int64:
         array = np.roll(array.reshape(-1), at).reshape(array.shape)
     tensor = ir.Tensor(array, dtype=held.dtype, shape=held.shape, name=name)
-    made = ir.Value(name=name, shape=tensor.shape, type=value.type, const_value=tensor)
-    graph.register_initializer(made)
-    return made
+    return initializer(graph, tensor)
 
 
 def _constant(graph: Any, name: str, number: float) -> Any:
     (ir,) = need("onnx_ir")
-    tensor = ir.tensor(np.float32(number), name=name)
-    kind = ir.TensorType(tensor.dtype)
-    made = ir.Value(name=name, shape=tensor.shape, type=kind, const_value=tensor)
-    graph.register_initializer(made)
-    return made
+    return initializer(graph, ir.tensor(np.float32(number), name=name))
 
 
 def _value(name: str, like: Any) -> Any:

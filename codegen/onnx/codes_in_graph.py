@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsify.codegen.onnx import qmoe
+from sparsify.codegen.onnx import qmoe, values
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.rounding import BLOCK
 from sparsify.codegen.onnx.targets import BITS
@@ -89,10 +89,7 @@ def _gather(node: Any, parts: Sequence[Any]) -> None:
         _before(node, "Gather", [part, node.inputs[1]], f"{name}.{at}", part.dtype, axis=0)
         for at, part in enumerate(parts)
     ]
-    found = _product(node, rows, name)
-    found.shape, old.name = old.shape, f"{name}.before"
-    found.name = name
-    old.replace_all_uses_with(found, replace_graph_outputs=True)
+    values.take_over(old, _product(node, rows, name))
     node.graph.remove(node, safe=True)
 
 
@@ -124,7 +121,4 @@ def _before(
 def _initializer(graph: Any, name: str, part: str, array: Any) -> Any:
     (ir,) = need("onnx_ir")
     tensor = ir.tensor(np.ascontiguousarray(array), name=f"{name}.{part}")
-    kind = ir.TensorType(tensor.dtype)
-    value = ir.Value(name=tensor.name, shape=tensor.shape, type=kind, const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return values.initializer(graph, tensor)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sparsify.codegen.onnx.needs import need
+from sparsify.codegen.onnx.values import initializer, take_over
 
 PARTS = "sparsify.parts"  # in a value's notes: the initializers that it is made of
 
@@ -42,17 +43,10 @@ def _as_one(graph: Any, node: Any) -> bool:
     if len({(array.ndim, array.dtype, array.shape[0]) for array in arrays}) > 1:
         return False
     name = "+".join(str(weight.name) for weight in weights)
-    tensor = ir.tensor(np.concatenate(arrays, axis=1), name=name)
-    value = ir.Value(
-        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    value = initializer(graph, ir.tensor(np.concatenate(arrays, axis=1), name=name))
     value.meta[PARTS] = weights
-    graph.register_initializer(value)
     sizes = ir.tensor(np.array([array.shape[1] for array in arrays]), name=f"{name}.sizes")
-    apart = ir.Value(
-        name=sizes.name, shape=sizes.shape, type=ir.TensorType(sizes.dtype), const_value=sizes
-    )
-    graph.register_initializer(apart)
+    apart = initializer(graph, sizes)
     whole = ir.node("MatMul", [products[0].inputs[0], value], name=f"{name}.product")
     parts = ir.node("Split", [whole.outputs[0], apart], {"axis": -1}, num_outputs=3, name=name)
     whole.outputs[0].name = f"{name}.together"
@@ -60,10 +54,7 @@ def _as_one(graph: Any, node: Any) -> bool:
     first = next(other for other in graph if other in products)
     graph.insert_before(first, [whole, parts])
     for old, new in zip(products, parts.outputs, strict=True):
-        out = old.outputs[0]
-        new.type, new.shape = out.type, out.shape
-        new.name, out.name = out.name, f"{out.name}.before"
-        out.replace_all_uses_with(new)
+        take_over(old.outputs[0], new)
         graph.remove(old, safe=True)
     for weight in weights:
         graph.initializers.pop(weight.name)

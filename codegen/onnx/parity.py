@@ -95,9 +95,7 @@ def greedy(running: Any, ids: Any, count: int) -> tuple[list[int], list[float]]:
 
 def compare(model: SparseModel, graph: fx.GraphModule, path: Path) -> tuple[Case, ...]:
     """Every case of :func:`cases` on the file and in eager; see :class:`Trials`."""
-    trials = Trials(model, graph)
-    found = trials.between(trials.outputs_of(path), trials.eager)
-    return trials.with_selections(found, path)
+    return Trials(model, graph).compared(path)
 
 
 class Trials:
@@ -122,10 +120,16 @@ class Trials:
         names = input_names(model.call_spec)
         return [counted(model, flat, run(running, names, flat)) for _, flat in self.cases]
 
+    def compared(self, path: Path) -> tuple[Case, ...]:
+        """A file beside the model: outputs and selections."""
+        return self.with_selections(self.between(self.outputs_of(path), self.eager), path)
+
     def with_selections(
         self, found: Sequence[Case], path: Path, *, float32: bool = False
     ) -> tuple[Case, ...]:
         """The cases with how the file's selections agree with those of the forms in torch."""
+        if not any(self._selected()):
+            return tuple(found)
         running = session(path, float32=float32, watched=True)
         files = [value.name for value in running.get_outputs()]
         names, made = input_names(self.model.call_spec), []

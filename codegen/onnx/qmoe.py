@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsify.codegen.onnx import values
 from sparsify.codegen.onnx.needs import need
 from sparsify.codegen.onnx.rounding import BLOCK
 from sparsify.codegen.onnx.targets import BITS
@@ -67,16 +68,16 @@ def reads_stack(node: Any, place: int) -> bool:
 
 def block_of(node: Any, bits: int) -> int | None:
     """Inputs per scale for a ``MoE`` node in codes: the fewest bytes; None where there are none."""
-    values = [node.inputs[place] for place in STACKS]
+    stacks = [node.inputs[place] for place in STACKS]
     bias = node.inputs[BIAS]
     if (
-        any(v is None or not v.is_initializer() for v in values)
+        any(v is None or not v.is_initializer() for v in stacks)
         or len(node.inputs) > max(STACKS) + 1
     ):
         return None
     if bias is not None and not bias.is_initializer():
         return None
-    width, hidden = (int(value.shape[2]) for value in values)
+    width, hidden = (int(stack.shape[2]) for stack in stacks)
     sizes = [size for size in (SIZES if bits == 8 else (BLOCK,)) if width % size == 0]
     return min(sizes, key=lambda size: -(-hidden // size) * (size + 4), default=None)
 
@@ -122,10 +123,8 @@ def put(graph: Any, node: Any, first: Plan, second: Plan) -> None:
         **({"accuracy_level": FAST} if bits == 4 else {}),
     }  # fmt: skip
     made = ir.node("QMoE", inputs, attributes, domain=DOMAIN, name=node.name)
-    old, new = node.outputs[0], made.outputs[0]
-    new.type, new.shape, new.name, old.name = old.type, old.shape, old.name, f"{old.name}.before"
     node.graph.insert_before(node, made)
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    values.take_over(node.outputs[0], made.outputs[0])
     node.graph.remove(node, safe=True)
     if short is not None and not short.uses():
         graph.initializers.pop(short.name)
@@ -141,8 +140,5 @@ def _initializer(graph: Any, name: str, array: Any) -> Any:
     """That of this name, made where there is none: layers that are tied have one."""
     (ir,) = need("onnx_ir")
     if name not in graph.initializers:
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-        kind = ir.TensorType(tensor.dtype)
-        value = ir.Value(name=name, shape=tensor.shape, type=kind, const_value=tensor)
-        graph.register_initializer(value)
+        values.initializer(graph, ir.tensor(np.ascontiguousarray(array), name=name))
     return graph.initializers[name]

@@ -84,8 +84,7 @@ def rounded(
     if check:
         trials = parity.Trials(model, graph)
         with aside(made, place) as plain:
-            cases = trials.between(trials.outputs_of(plain), trials.eager)
-            cases = trials.with_selections(cases, plain)
+            cases = trials.compared(plain)
         proof = Proof(precision, trials, cases, None)
         if all(case.ok for case in cases):
             put_values(plans)

@@ -14,9 +14,7 @@ static int64_t not_zero(const float *x, int64_t n, int32_t *row, float *times)
     for (; j + 16 <= n; j += 16) {
         __m512 v = _mm512_loadu_ps(x + j);
         __mmask16 live = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        _mm512_storeu_ps(times + found, _mm512_maskz_compress_ps(live, v));
-        _mm512_storeu_si512(row + found, _mm512_maskz_compress_epi32(live, at));
-        found += __builtin_popcount(live);
+        found += put_live(live, at, v, row + found, times + found);
         at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
     }
 #endif
